@@ -1,0 +1,54 @@
+# `make reproduce` and `make test` set everything up themselves; both can be repeated at any time.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help reproduce test lint sync notebooks unit lab readme export clean
+
+help:
+	@echo "make reproduce   pretrain, fine-tune, evaluate and draw the headline figure (ARGS='all --preset laptop --seeds 3')"
+	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
+	@echo "make lab         open JupyterLab with a kernel for this project"
+	@echo "make export      write echochamber/*.py and README.md from the notebooks"
+	@echo "make clean       remove the environment and what notebooks left behind (outputs/ stays)"
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; run make with PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	@echo "Setting up .venv from requirements.txt (two to three minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(READY)
+
+reproduce: $(READY)
+	@$(BIN)/echochamber reproduce $(ARGS)
+
+test: $(READY) lint sync notebooks unit
+
+lint: $(READY)
+	@$(BIN)/ruff check nbs tests
+
+sync: $(READY)
+	@$(BIN)/python -m pytest tests/test_sync.py
+
+notebooks: $(READY)
+	@$(BIN)/nbdev_test --n_workers 1 --do_print --timing
+
+unit: $(READY)
+	@$(BIN)/python -m pytest --durations=10
+
+lab: $(READY)
+	@$(BIN)/python -m ipykernel install --sys-prefix --name echochamber --display-name "Echo Chamber"
+	@$(BIN)/jupyter lab nbs
+
+export: $(READY)
+	@$(BIN)/nbdev_export
+	@$(MAKE) --no-print-directory readme
+
+readme: $(READY)
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > README.md
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
