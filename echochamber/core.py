@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StudyError', 'StrictConfig', 'describe_validation_error', 'content_hash', 'atomic_path', 'write_text', 'write_json',
-           'project_root', 'outputs_folder']
+           'write_frame', 'project_root', 'outputs_folder']
 
 # %% ../nbs/core.ipynb #d61825cd
 import contextlib
@@ -105,6 +105,12 @@ def write_text(destination: str | Path, text: str):
 def write_json(destination: str | Path, values) -> None:
     "Write an indented JSON file atomically."
     write_text(destination, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_frame(destination: str | Path, frame) -> None:
+    "Write a pandas data frame as parquet, atomically."
+    with atomic_path(destination) as temporary:
+        frame.to_parquet(temporary, index=False)
 
 # %% ../nbs/core.ipynb #387e944a
 def project_root() -> Path:

@@ -86,8 +86,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     "Writes a Lightning checkpoint whole or not at all; a damaged one is refused with a sentence."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file object reports a full disk as such
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=None):
         try:
