@@ -1,0 +1,141 @@
+"Adversarial checks of the sandbox: fuzzing, growth, orphans, interrupts."
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from echochamber.core import StudyError
+from echochamber.grading.sandbox import STATUSES, Sandbox, SandboxConfig
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(SandboxConfig(seconds=0.3)) as sandbox:
+        yield sandbox
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def resident_mb() -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
+@pytest.mark.parametrize("config", [dict(seconds=0), dict(workers=0), dict(memory_mb=0), dict(second=1)])
+def test_limits_cannot_be_switched_off(config):
+    with pytest.raises(StudyError):
+        SandboxConfig.parse(config)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(program=st.text(max_size=200) | st.text(alphabet="()[]{}:=\n \"'\\def x0+-*/.,\0\ud800", max_size=200))
+def test_any_text_has_an_outcome(sandbox, program):
+    [result, after] = sandbox.run([program, "6 * 7"])
+    assert result.status in STATUSES
+    assert after.value == "42"
+
+
+@pytest.mark.parametrize("bracket", ["(", "[", "{", "-", "not ", "lambda: ", "x if x else ", "f(", "x[", "[x for x in "])
+def test_deep_nesting_never_kills_the_worker(sandbox, bracket):
+    for depth in (50, 150, 1000, 19_000 // len(bracket)):
+        [result] = sandbox.run([bracket * depth])
+        assert result.status == "error" and "crashed" not in result.message
+
+
+@pytest.mark.parametrize("program", [
+    "from datetime import datetime, timedelta, timezone\ndatetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))",
+    "10**4999", "float('nan')", "b'\\xff'", "'\\ud800'", "{1: {2: 3}}", "lambda: 0", "class A: pass\nA()", "range(10**18)",
+    "...", "NotImplemented", "1j", "print", "ValueError('x')", "import math\nmath",
+])
+def test_any_value_comes_home_as_text(sandbox, program):
+    [result] = sandbox.run([program])
+    assert result.value is None or isinstance(result.value, str)
+
+
+def test_sessions_share_nothing_and_repeat_exactly(sandbox):
+    draw = "import random, time\n(random.random(), time.time())\nrandom.random()"
+    first, second, name = sandbox.run([draw, draw, "draw"])
+    assert first == second and first.status == "ok"
+    assert name.status == "error"
+
+
+def test_limits_hold(sandbox):
+    long_output, just_fits, message = sandbox.run(
+        ["print('a' * 20_000)", "print('a' * 16_000)", "raise ValueError('a' * 10_000)"])
+    assert long_output.status == "error" and len(long_output.output) <= 16_384
+    assert just_fits.output == "a" * 16_000 + "\n"
+    assert len(message.message) <= 1001
+    [too_long] = sandbox.run(["#" * 20_001])
+    assert too_long.status == "error" and "20,001" in too_long.message
+
+
+def test_stuck_programs_do_not_block_the_others():
+    programs = ["while True: pass" if i % 10 == 0 else str(i) for i in range(40)]
+    with Sandbox(SandboxConfig(workers=4, seconds=0.3)) as sandbox:
+        start = time.perf_counter()
+        results = sandbox.run(programs)
+        seconds = time.perf_counter() - start
+    assert [result.status == "timeout" for result in results] == [i % 10 == 0 for i in range(40)]
+    assert [result.value for result in results if result.value] == [str(i) for i in range(40) if i % 10]
+    assert seconds < 2
+
+
+def test_our_process_does_not_grow(sandbox):
+    heavy = ["list(range(200_000))", "'a' * 10**7", "x = []\nwhile True: x.append('a' * 1000)", "print('a' * 10**6)"]
+    ordinary = [f"def f():\n    return {i} * 2\nf()" for i in range(1000)]
+    sandbox.run(heavy * 10 + ordinary)
+    before = resident_mb()
+    for _ in range(5):
+        sandbox.run(heavy * 4 + ordinary)
+    assert resident_mb() - before < 32
+
+
+def test_a_missing_interpreter_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("MONTY_BIN", "/nowhere/monty")
+    with pytest.raises(StudyError, match="reinstall"), Sandbox():
+        pass
+
+
+PARENT = """
+import threading
+from echochamber.grading.sandbox import Sandbox, SandboxConfig, session_options
+config = SandboxConfig(seconds=1)
+with Sandbox(config) as sandbox:
+    def loop():
+        with sandbox.pool.checkout(**session_options(config)) as session:
+            print(session.worker_pid, flush=True)
+            session.feed_run("while True: pass")
+    threads = [threading.Thread(target=loop) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+
+def test_workers_die_with_a_killed_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    assert all(alive(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+
+
+def test_an_interrupt_ends_a_long_batch_at_once():
+    code = ("import _thread, threading, time\nfrom echochamber.grading.sandbox import Sandbox, SandboxConfig\n"
+            "threading.Timer(0.5, _thread.interrupt_main).start()\n"
+            "with Sandbox(SandboxConfig(seconds=0.4)) as sandbox:\n    sandbox.run(['while True: pass'] * 1000)\n")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
+    assert time.perf_counter() - start < 6
