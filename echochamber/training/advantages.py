@@ -96,8 +96,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/training/02_advantages.ipynb #bc44621f
 GROUP_ESTIMATORS = {
-    "grpo": group_advantages,
-    "dr_grpo": partial(group_advantages, scale=False),
-    "rloo": leave_one_out_advantages,
-    "reinforce": batch_advantages,
+    "group": group_advantages,                                              # GRPO
+    "group_mean": partial(group_advantages, scale=False),                   # Dr. GRPO
+    "leave_one_out": leave_one_out_advantages,                              # RLOO
+    "batch": batch_advantages,                                              # REINFORCE with batch baseline
 }
