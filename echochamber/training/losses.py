@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KL_IN_LOSS', 'LossConfig', 'live_tokens', 'loss_total', 'loss_weights', 'clipped_objective', 'k1', 'k2', 'k3',
-           'policy_loss', 'policy_statistics', 'sum_statistics', 'combine_statistics', 'mean_statistics']
+           'policy_loss', 'policy_statistics', 'sum_statistics', 'combine_statistics', 'mean_statistics', 'value_loss',
+           'sft_loss']
 
 # %% ../../nbs/training/03_losses.ipynb #1b68cb4f
 from collections.abc import Iterable
@@ -135,3 +136,23 @@ def mean_statistics(statistics: dict[str, Tensor]) -> dict[str, float]:
     tokens = max(float(statistics["tokens"]), 1.)
     return {name: float(value) if name == "tokens" or name.endswith("_max") else float(value) / tokens
             for name, value in statistics.items()}
+
+# %% ../../nbs/training/03_losses.ipynb #97c5161e
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor,
+               clip: float | None = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+    "Clipped squared error of the critic, and its statistics; all [N, T]. `clip=None` leaves the clip out."
+    live = weights > 0                                                      # [N, T]
+    error = torch.where(live, values - returns, 0.).square()
+    worst = error
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        worst = torch.maximum(error, torch.where(live, near - returns, 0.).square())
+    statistics = sum_statistics({"value_error_squared": error.detach(), "value_clip": worst > error}, live)
+    return (weights * worst / 2).sum(), statistics
+
+# %% ../../nbs/training/03_losses.ipynb #197049e7
+def sft_loss(log_probs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    "Weighted negative log-likelihood of the tokens, and its statistics; both [N, T]."
+    live = weights > 0                                                      # [N, T]
+    negative = -torch.where(live, log_probs, 0.)
+    return (weights * negative).sum(), sum_statistics({"negative_log_likelihood": negative.detach()}, live)
