@@ -175,7 +175,7 @@ def test_rendered_solutions_are_recognised_whatever_the_style(problem, format, s
 
 
 @pytest.mark.parametrize("field, format, mark", [("docstring", "tinygsm", '"""'), ("short_names", "omi1", "\na = "),
-                                                 ("comments", "omi1", "# now"), ("words", "omi2", " is")])
+                                                 ("comments", "omi1", "# now"), ("words", "omi2", " equals ")])
 def test_style_shares_are_met(field, format, mark):
     style = StyleConfig(**{"docstring": 0, "short_names": 0, "comments": 0, "words": 0, field: 0.3})
     rng = random.Random(0)

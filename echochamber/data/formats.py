@@ -121,7 +121,7 @@ def render_omi2(problem: Problem, style: StyleConfig, rng: random.Random) -> str
     "One sentence per operation, then the boxed answer."
     words, sentences = rng.random() < style.words, []
     for step in problem.steps:
-        operation, equals = (WORDS[step.operation], "is") if words else (step.operation, "=")
+        operation, equals = (WORDS[step.operation], "equals") if words else (step.operation, "=")
         arithmetic = f"{step.left.value} {operation} {step.right.value} {equals} {step.result.value}"
         sentences.append(step.reason.format(sum=arithmetic))
     return "\n".join([*sentences, f"The {problem.goal} is \\boxed{{{problem.steps[-1].result.value}}}."])
