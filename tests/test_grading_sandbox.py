@@ -111,7 +111,7 @@ config = SandboxConfig(seconds=1)
 with Sandbox(config) as sandbox:
     def loop():
         with sandbox.pool.checkout(**session_options(config)) as session:
-            print(session.worker_pid, flush=True)
+            print(f"{session.worker_pid}\n", end="", flush=True)
             session.feed_run("while True: pass")
     threads = [threading.Thread(target=loop) for _ in range(2)]
     [thread.start() for thread in threads]

@@ -1,0 +1,236 @@
+"Adversarial and property checks of the grader, and the gold answers of the real benchmarks."
+import json
+import re
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echochamber.core import project_root
+from echochamber.data.formats import FORMATS
+from echochamber.grading.answers import (
+    OUTCOMES,
+    Grade,
+    Grader,
+    GraderConfig,
+    LatexJudge,
+    normalise,
+    parse_number,
+    prose_answer,
+    read_gold,
+    read_value,
+    round_float,
+)
+
+DATA = project_root().parent / "shared" / "data"
+
+
+def load_answers(name: str) -> list[str]:
+    files = sorted((DATA / name).glob("*.jsonl"))
+    if not files:
+        pytest.skip(f"{DATA / name} is absent: real benchmark data are not part of the project")
+    return [json.loads(line)["answer"] for file in files for line in file.open()]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+def function(body: str) -> str:
+    return f"def simple_math_problem() -> int:\n    {body}"
+
+
+def block(code: str, output: str = "18") -> str:
+    return f"Let us compute.\n<llm-code>\n{code}\n</llm-code>\n<llm-code-output>\n{output}\n</llm-code-output>\nSo \\boxed{{18}}."
+
+
+# Real gold answers
+
+
+def test_gsm8k_gold_answers(grader):
+    golds = load_answers("gsm8k")
+    assert len(golds) == 7473 + 1319
+    boxed = grader.grade([rf"So \boxed{{{read_gold(gold)}}}." for gold in golds], golds)
+    assert {grade.outcome for grade in boxed} == {"correct"}
+    assert set(grader.grade(golds, golds)) == {Grade("omi2", grade.extracted, "correct", True) for grade in boxed}
+    for change in (lambda value: value + 1, lambda value: -value or 7, lambda value: value * 10 + 1):
+        changed = [rf"So \boxed{{{change(int(read_gold(gold).replace(',', '')))}}}." for gold in golds]
+        assert {grade.outcome for grade in grader.grade(changed, golds)} == {"wrong"}
+
+
+def test_math500_gold_answers_with_every_digit_changed(grader):
+    golds = load_answers("math500")
+    assert len(golds) == 500
+    assert {grade.outcome for grade in grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds)} == {"correct"}
+    pairs = {(f"{gold[:i]}{(int(gold[i]) + 1) % 10}{gold[i + 1:]}", gold)
+             for gold in golds for i in range(len(gold)) if gold[i].isdigit() and (len(gold) < 12 or i % 3 == 0)}
+    answers, golds = zip(*sorted(pairs), strict=True)
+    grades = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], golds)
+    exceptions = {gold for grade, gold in zip(grades, golds, strict=True) if grade.outcome != "wrong"}
+    # Units are not graded, so a changed power of a unit passes.
+    assert exceptions <= {r"864 \mbox{ inches}^2", r"15\mbox{ cm}^2"}
+    assert grader.judge.failures == 0
+
+
+def test_audit_of_real_answers():
+    golds = [read_gold(gold).replace(",", "") for gold in load_answers("gsm8k")[::40]]
+    with Grader(GraderConfig(audit=True)) as grader:
+        grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds)
+        grader.grade([rf"\boxed{{{gold}1}}" for gold in golds], golds)
+    assert grader.audited == 2 * len(golds) and not grader.disagreements
+
+
+# Numbers
+
+
+@given(value=st.fractions(max_denominator=10**6))
+def test_any_fraction_survives_its_spellings(value):
+    assert parse_number(str(value)) == value
+    assert parse_number(rf"\frac{{{value.numerator}}}{{{value.denominator}}}") == value
+    assert parse_number(f"${value.numerator:,}/{value.denominator}$") == value
+
+
+@given(value=st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**12), max_value=10**12))
+def test_any_decimal_is_read_exactly(value):
+    assert parse_number(f"{value:f}") == parse_number(f"\\${value:,f}") == Fraction(value)
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_reading_a_float_is_idempotent_and_close(value):
+    text = read_value(repr(value))
+    assert read_value(text) == text
+    number = parse_number(text)
+    if number is not None:
+        assert abs(number - Fraction(value)) <= max(1, abs(Fraction(value))) * Fraction(5, 10**12)
+
+
+@given(value=st.integers(-(10**6), 10**6), places=st.integers(0, 5), noise=st.floats(-1e-15, 1e-15))
+def test_noise_in_the_last_digits_is_read_away(value, places, noise):
+    exact = Fraction(value, 10**places)
+    noisy = float(exact) * (1 + noise)
+    assert parse_number(read_value(repr(noisy))) == exact
+
+
+def test_round_float_keeps_integers():
+    for value in (0.0, 1.0, -7.0, 999999999999.0, 1e15, 2.0**53, 1e300):
+        assert round_float(value) == value
+
+
+@settings(max_examples=300)
+@given(text=st.text(max_size=300) | st.text(alphabet="0123456789.,/-+$%\\{}() efracboxdtext#\n", max_size=300))
+def test_no_text_breaks_the_readers(text):
+    normalise(text), parse_number(text), prose_answer(text), read_value(text)
+
+
+@pytest.mark.parametrize("text", [
+    "1e999999999", "9" * 10**6, "1," * 10**6, "1/" * 10**6, r"\boxed{" * 10**5, r"\text{" * 10**5, "-" * 10**6,
+    r"\frac" * 10**5, " " * 10**6, "#### " * 10**5, "the answer is " * 10**5, r"\boxed{" + "{" * 10**5 + "}" * 10**5 + "}",
+    "<llm-code>\n" * 10**5, "def f():\n" * 10**5, "```\n" * 10**5, '"""' * 10**5, "\0" * 10**5, "\ud800" * 10**5,
+])
+def test_huge_completions_are_graded_quickly(grader, text):
+    start = time.perf_counter()
+    [grade] = grader.grade([text], ["18"])
+    assert grade.outcome in OUTCOMES and grade.format in FORMATS and grade.outcome != "correct"
+    assert time.perf_counter() - start < 3
+
+
+# Programs
+
+
+@pytest.mark.parametrize("body, outcome, extracted", [
+    ("return 18", "correct", "18"), ("return 18.0", "correct", "18"), ("return 18.000000000000004", "correct", "18"),
+    ("return 54 / 3", "correct", "18"), ("return 0.1 * 180", "correct", "18"), ("return '18 dollars'", "correct", "18 dollars"),
+    ("return 18.00001", "wrong", "18.00001"), ("return True", "wrong", "True"), ("return [18]", "wrong", "<list>"),
+    ("return 'eighteen'", "wrong", "eighteen"), ("return float('inf')", "wrong", "inf"), ("return 10**4000", "wrong", None),
+    ("print(18)", "no_answer", None), ("return None", "no_answer", None), ("return ''", "no_answer", None),
+    ("return 18 +", "error", None), ("return apples", "error", None), ("return (18", "error", None), ('"""18', "error", None),
+    ("raise ValueError('18')", "error", None), ("while True: pass", "timeout", None), ("import numpy", "unsupported", None),
+])
+def test_what_a_function_answers(grader, body, outcome, extracted):
+    [grade] = grader.grade([function(body) + "\n\nThe answer is \\boxed{18}."], ["18"])
+    assert (grade.format, grade.outcome) == ("tinygsm", outcome)
+    assert extracted is None or grade.extracted == extracted
+    assert grade.strict == (outcome in ("correct", "wrong"))
+
+
+@pytest.mark.parametrize("code, outcome", [
+    ("9 * 2", "correct"), ("print(9 * 2)", "correct"), ("print(7)\nprint('Total:', 18.0)", "correct"), ("print(7)\n18", "correct"),
+    ("x = 9 * 2", "no_answer"), ("print('')", "no_answer"), ("9 * 3", "wrong"), ("print('none')", "wrong"),
+    ("9 * y", "error"), ("while True: pass", "timeout"), ("from sympy import *", "unsupported"),
+])
+def test_code_blocks_are_run_and_their_written_output_ignored(grader, code, outcome):
+    [grade] = grader.grade([block(code)], ["18"])
+    assert (grade.format, grade.outcome) == ("omi1", outcome)
+
+
+def test_blocks_of_one_solution_share_their_names_and_solutions_do_not(grader):
+    two = "<llm-code>\nx = 9\n</llm-code>\nand then\n<llm-code>\nx * 2\n</llm-code>"
+    assert [grade.outcome for grade in grader.grade([two, block("x * 2")], ["18"] * 2)] == ["correct", "error"]
+
+
+def test_a_fractional_gold_answer_meets_a_float(grader):
+    texts = [function("return 1 / 3"), function("return 0.333"), function("return 2 / 4"), r"\boxed{0.3333333333333333}"]
+    grades = grader.grade(texts, [r"\frac{1}{3}", r"\frac{1}{3}", r"\frac12", r"\frac13"])
+    assert [grade.outcome for grade in grades] == ["correct", "wrong", "correct", "wrong"]
+
+
+# Prose
+
+
+@pytest.mark.parametrize("prose, outcome, strict", [
+    ("By default she has 18.", "correct", False), ("The rate is defined as 18", "correct", False),
+    ("def is short for default, \\boxed{18}", "correct", True), ("#### 18", "correct", True), ("#### $18.00", "correct", True),
+    ("The answer is 18.", "correct", False), ("the answer is: 18", "correct", False), ("\\boxed{17} no, \\boxed{18}", "correct", True),
+    ("\\boxed{18} and #### 17", "correct", True), ("#### 18\nThe answer is 17", "correct", True),
+    ("The answer is 18, after 3 days", "correct", False), ("\\boxed{18", "correct", False), ("\\boxed{}, 18", "correct", False),
+    ("\\boxed{\\frac{36}{2}}", "correct", True), ("\\boxed{x = 18}", "correct", True), ("\\boxed{2 \\cdot 9}", "correct", True),
+    ("\\boxed{18, 19}", "wrong", True), ("\\boxed{81}", "wrong", True), ("", "no_answer", False), ("\\boxed{?}", "wrong", True),
+])
+def test_what_prose_answers(grader, prose, outcome, strict):
+    [grade] = grader.grade([prose], ["18"])
+    assert grade.format in ("omi2", "other") and (grade.outcome, grade.strict) == (outcome, strict)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(max_size=200), max_size=4))
+def test_any_completion_gets_a_grade(grader, texts):
+    grades = grader.grade(texts, ["18"] * len(texts))
+    assert [grade.format in FORMATS and grade.outcome in OUTCOMES for grade in grades] == [True] * len(texts)
+
+
+def test_rows_must_match(grader):
+    with pytest.raises(ValueError):
+        grader.grade(["18", "19"], ["18"])
+
+
+# The LaTeX process
+
+
+def test_a_failing_comparison_is_counted_and_the_next_one_served():
+    judge = LatexJudge(seconds=0.5)
+    assert not judge("7", "9^{9^{9^9}}") and judge.failures == 1
+    assert judge(r"\frac{1}{2}", "0.5") and judge.failures == 1
+    judge.process.kill()
+    assert not judge("x", "y") and judge.failures == 2  # dead between two questions
+    assert judge("2k+2", "2(k+1)") and judge.calls == 4
+    judge.close()
+
+
+def test_the_latex_process_dies_with_its_parent():
+    code = ("import os\nfrom echochamber.grading.answers import LatexJudge\njudge = LatexJudge(seconds=1)\njudge.start()\n"
+            "print(judge.process.pid, flush=True)\njudge('7', '9^{9^{9^9}}')")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(re.match(r"\d+", parent.stdout.readline()).group()))
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
