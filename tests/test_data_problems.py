@@ -1,0 +1,90 @@
+"""The generator over many configs, and the splits over many seeds."""
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echochamber.core import StudyError
+from echochamber.data.problems import (
+    FAMILIES,
+    ProblemConfig,
+    generate_problems,
+    out_of_distribution,
+    solve,
+    split_of,
+)
+
+
+def ranges(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high)).map(sorted).map(tuple)
+
+
+CONFIGS = st.builds(ProblemConfig, operations=ranges(1, 6), operands=ranges(2, 40).filter(lambda r: r[1] - r[0] > 8),
+                    factors=ranges(2, 9).filter(lambda r: r[1] - r[0] > 2), largest_result=st.integers(200, 1000),
+                    families=st.lists(st.sampled_from(sorted(FAMILIES)), min_size=1, max_size=3, unique=True).map(tuple))
+
+
+@given(CONFIGS, st.integers(0, 9), st.sampled_from(["pretrain", "train", "test"]))
+@settings(max_examples=100, deadline=None)
+def test_every_problem_obeys_its_config(config, seed, split):
+    for problem in generate_problems(config, 10, seed, split):
+        assert split_of(problem.question) == split and problem.family in config.families
+        assert config.operations[0] <= problem.level <= config.operations[1]
+        assert solve(problem.steps) == int(problem.answer) == problem.steps[-1].result.value
+        assert all(0 < step.result.value <= config.largest_result for step in problem.steps)
+        for index, step in enumerate(problem.steps):
+            assert step.result.step == index and step.left.step == (index - 1 if index else None)
+            assert step.right.step is None and "{sum}" in step.reason
+
+
+def test_the_question_states_each_number_in_the_order_of_use():
+    for problem in generate_problems(ProblemConfig(operations=(1, 6)), 2000, 0, "pretrain"):
+        stated = [quantity.value for quantity in problem.stated]
+        assert [int(number) for number in re.findall(r"\d+", problem.question)] == stated
+        assert len(stated) == problem.level + 1 and "{" not in problem.question + problem.goal
+
+
+def test_splits_are_disjoint_and_of_the_declared_size():
+    seen = {split: {p.question for seed in range(3) for p in generate_problems(ProblemConfig(), 2000, seed, split)}
+            for split in ("pretrain", "train", "test")}
+    assert not (seen["pretrain"] & seen["train"] or seen["pretrain"] & seen["test"] or seen["train"] & seen["test"])
+    share = Counter(split_of(f"{question}?") for questions in seen.values() for question in questions)
+    assert abs(share["test"] / share.total() - 0.1) < 0.01 and abs(share["pretrain"] / share.total() - 0.8) < 0.015
+
+
+def test_train_and_test_have_no_duplicates():
+    for split in ("train", "test"):
+        questions = [problem.question for problem in generate_problems(ProblemConfig(operations=(1, 1)), 3000, 0, split)]
+        assert len(set(questions)) == 3000
+
+
+def test_beyond_the_distribution_nothing_overlaps():
+    config = ProblemConfig()
+    harder = out_of_distribution(config)
+    assert harder.operations[0] > config.operations[1] and harder.operands[0] > config.operands[1]
+    assert all(problem.level > 3 for problem in generate_problems(harder, 300, 0, "test"))
+
+
+def test_levels_and_families_are_balanced():
+    problems = generate_problems(ProblemConfig(), 6000, 0, "pretrain")
+    for counts, expected in ((Counter(p.level for p in problems), 2000), (Counter(p.family for p in problems), 600)):
+        assert all(0.8 * expected < count < 1.2 * expected for count in counts.values())
+
+
+@pytest.mark.parametrize("values, word", [
+    ({"operations": [3, 1]}, "operations"), ({"operations": [0, 1]}, "operations"), ({"operands": [0, 5]}, "operands"),
+    ({"factors": [1, 5]}, "factors"), ({"families": []}, "families"), ({"families": ["nothing"]}, "nothing"),
+    ({"largest_result": 0}, "largest_result"), ({"max_operand": 3}, "max_operand"), ({"operations": 3}, "operations")])
+def test_a_bad_config_is_one_sentence(values, word):
+    with pytest.raises(StudyError, match=word) as caught:
+        ProblemConfig.parse(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [{"largest_result": 1}, {"operands": [20, 20], "families": ["riding"], "operations": [3, 3],
+                                                           "largest_result": 30}])
+def test_an_impossible_config_is_refused_in_finite_time(config):
+    with pytest.raises(StudyError, match="widen"):
+        generate_problems(ProblemConfig.parse(config), 10, 0, "pretrain")
