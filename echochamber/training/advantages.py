@@ -91,8 +91,9 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
 
 # %% ../../nbs/training/02_advantages.ipynb #1a3344c7
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    "Share of the returns' variance that the critic forecast, scalar ≤ 1; all inputs [N, T]."
-    return 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
+    "Share of the returns' variance that the critic forecast, scalar ≤ 1, NaN if they do not vary; all inputs [N, T]."
+    variance = returns[mask].var(correction=0)
+    return torch.where(variance > 0, 1 - (returns - values)[mask].var(correction=0) / variance, torch.nan)
 
 # %% ../../nbs/training/02_advantages.ipynb #bc44621f
 GROUP_ESTIMATORS = {
