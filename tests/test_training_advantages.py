@@ -51,7 +51,7 @@ def test_properties_shared_by_all_group_estimators(seed, prompts, samples, name)
     torch.testing.assert_close(estimator(rewards + 3), advantages, atol=1e-3, rtol=1e-3)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(estimator(rewards[:, order]), advantages[:, order], atol=1e-4, rtol=1e-4)
-    assert torch.equal(rewards.argsort(-1), advantages.argsort(-1))
+    assert (advantages.gather(-1, rewards.argsort(-1)).diff(dim=-1) >= 0).all()
 
 
 @given(st.floats(-1e3, 1e3, width=32), st.integers(2, 64), st.sampled_from(sorted(GROUP_ESTIMATORS)))
@@ -96,7 +96,7 @@ def test_group_estimators_equal_the_release_and_openrlhf():
 
 
 def test_group_advantages_equal_trl():
-    "TRL v1.9.0, trl/trainer/grpo_trainer.py, _generate_and_score_completions: nanstd has Bessel's correction, ε = 1e-4."
+    "TRL v1.9.0, trl/trainer/grpo_trainer.py, _generate_and_score_completions: Bessel's correction, ε = 1e-4."
     r = noise(2, 16, 8)
     close(group_advantages(r, epsilon=1e-4), (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-4))
 

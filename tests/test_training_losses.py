@@ -91,7 +91,8 @@ def test_grpo_equals_trl(seed, beta, low, high, normaliser):
     config = LossConfig(**NORMALISERS[normaliser].model_dump() | kind | {"clip_low": low, "clip_high": high})
     ratio, advantage = (batch.log_probs - batch.behaviour).exp(), batch.advantages[:, None]
     ahead = batch.reference - batch.log_probs
-    per_token = beta * (ahead.exp() - ahead - 1) - torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    per_token = beta * (ahead.exp() - ahead - 1) - surrogate
     loss, statistics = batch.policy_loss(config)
     same_loss_and_gradient(loss, average(per_token, batch.mask, normaliser), batch.log_probs)
 
@@ -113,7 +114,8 @@ def test_ppo_equals_openrlhf(seed, normaliser, kl):
     surrogate = torch.stack([ratio, ratio.clamp(0.8, 1.2)]) * batch.advantages[:, None]
     distance = batch.log_probs - batch.reference
     divergence = distance ** 2 / 2 if kl == "k2_in_loss" else (-distance).exp() - 1 + distance
-    theirs = average(-surrogate.amin(0), batch.mask, normaliser) + beta * average(divergence.clamp(-10, 10), batch.mask, normaliser)
+    actor, penalty = (average(term, batch.mask, normaliser) for term in (-surrogate.amin(0), divergence.clamp(-10, 10)))
+    theirs = actor + beta * penalty
     same_loss_and_gradient(batch.policy_loss(config)[0], theirs, batch.log_probs)
 
 
@@ -209,7 +211,8 @@ def test_loss_gradient_and_statistics_do_not_depend_on_the_cut(seed, normaliser,
     batch = Batch(seed, rows=max(sum(sizes), 1))
     config = LossConfig(**NORMALISERS[normaliser].model_dump() | {"kl": "k3_in_loss", "kl_coefficient": 0.1})
     whole, statistics = batch.policy_loss(config)
-    order, sizes = torch.randperm(len(batch.mask), generator=torch.Generator().manual_seed(seed)), [*filter(None, sizes)] or [1]
+    order = torch.randperm(len(batch.mask), generator=torch.Generator().manual_seed(seed))
+    sizes = [*filter(None, sizes)] or [1]
     losses, parts = zip(*(batch.policy_loss(config, rows) for rows in order.split(sizes)), strict=True)
     close(sum(losses), whole)
     close(torch.autograd.grad(sum(losses), batch.log_probs)[0], torch.autograd.grad(whole, batch.log_probs)[0])
@@ -219,14 +222,15 @@ def test_loss_gradient_and_statistics_do_not_depend_on_the_cut(seed, normaliser,
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_accumulation_and_averaging_over_processes_are_undone_by_the_total(normaliser):
-    "Two processes accumulate three micro-batches each, of different length; a trainer divides by 3 and averages over 2."
+    "Two processes accumulate three micro-batches each, of different sizes; trainers divide by 3 and average over 2."
     batch, config = Batch(6, rows=12), NORMALISERS[normaliser]
     shards = torch.arange(12).split([3, 2, 1, 1, 4, 1])
     total = sum(loss_total(batch.mask[rows], config).double() for rows in shards)  # all-reduced
     loss = 0.
     for rows in shards:
         weights = loss_weights(batch.mask[rows], config, total / (3 * 2))
-        part, _ = policy_loss(batch.log_probs[rows], batch.behaviour[rows], None, batch.advantages[rows], weights, config)
+        part, _ = policy_loss(batch.log_probs[rows], batch.behaviour[rows], None, batch.advantages[rows], weights,
+                              config)
         loss = loss + part / 3 / 2
     same_loss_and_gradient(loss, batch.policy_loss(config)[0], batch.log_probs)
 
@@ -242,7 +246,8 @@ def test_the_other_losses_split_too():
 def test_statistics_of_nothing_are_finite():
     mask = torch.zeros(2, 3, dtype=torch.bool)
     nan = torch.full((2, 3), torch.nan)
-    loss, statistics = policy_loss(nan, nan, nan, nan[:, 0], loss_weights(mask, LossConfig()), LossConfig(), entropy=nan)
+    weights = loss_weights(mask, LossConfig())
+    loss, statistics = policy_loss(nan, nan, nan, nan[:, 0], weights, LossConfig(), entropy=nan)
     assert loss == 0 and all(math.isfinite(value) for value in mean_statistics(statistics).values())
 
 
@@ -255,7 +260,8 @@ def test_statistics_of_nothing_are_finite():
 def test_rubbish_in_tokens_that_do_not_count_changes_nothing(seed, normaliser, rubbish, kl):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(4, 6, generator=generator) < 0.5  # any pattern, empty rows included
-    config = LossConfig(**NORMALISERS[normaliser].model_dump() | {"kl": kl, "kl_coefficient": 0. if kl == "none" else 0.1})
+    penalty = {"kl": kl, "kl_coefficient": 0. if kl == "none" else 0.1}
+    config = LossConfig(**NORMALISERS[normaliser].model_dump() | penalty)
     weights = loss_weights(mask, config)
     clean = [torch.randn(4, 6, generator=generator) for _ in range(8)]
 
@@ -321,8 +327,8 @@ def test_advantages_per_sequence_and_per_token_agree():
 
 @pytest.mark.parametrize("settings", [
     {"kl": "k1_in_reward"}, {"kl": "k2_in_loss", "kl_coefficient": 0}, {"kl_coefficient": 1e-3}, {"kl": "k1_in_loss"},
-    {"normaliser": "constant"}, {"constant": 10}, {"normaliser": "mean"}, {"clip_low": 0}, {"clip_low": 1.5}, {"clip": 0.2},
-    {"kl": "k3_in_loss", "kl_coefficient": -0.1}, {"truncated": "drop"}])
+    {"normaliser": "constant"}, {"constant": 10}, {"normaliser": "mean"}, {"clip_low": 0}, {"clip_low": 1.5},
+    {"clip": 0.2}, {"kl": "k3_in_loss", "kl_coefficient": -0.1}, {"truncated": "drop"}])
 def test_contradictory_or_unknown_settings_are_refused(settings):
     with pytest.raises(StudyError):
         LossConfig.parse(settings)
@@ -350,5 +356,6 @@ def test_statistics_are_defined_as_in_the_table():
     }
     logged = mean_statistics(statistics)
     assert set(logged) == {*expected, "clip_low", "clip_high"}
-    assert {name: logged[name] for name in expected} == pytest.approx({name: value.item() for name, value in expected.items()})
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value.item()), name
     assert not any(value.requires_grad for value in statistics.values())

@@ -18,8 +18,8 @@ from ..core import StudyError
 def centre(rewards: Tensor) -> Tensor:
     "Rewards minus the mean of their group, [B, G] → [B, G] float32; groups of one sample are refused."
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise StudyError(f"rewards of shape {list(rewards.shape)}: a baseline needs groups [prompts, samples] of at least "
-                         "2 samples; raise the number of samples per prompt")
+        raise StudyError(f"rewards of shape {list(rewards.shape)}: a baseline needs groups [prompts, samples] of "
+                         "at least 2 samples; raise the number of samples per prompt")
     shifted = rewards.float() - rewards[:, :1].float()                      # [B, G] exact zeros where all are equal
     return shifted - shifted.mean(dim=-1, keepdim=True)                     # [B, G]
 
@@ -52,7 +52,7 @@ def whiten(values: Tensor, mask: Tensor, total: Tensor | None = None) -> Tensor:
     mean = first / count.clamp(min=1)
     variance = second / count.clamp(min=1) - mean.square()
     scale = variance.clamp(min=1e-8).rsqrt()                                # population variance, bounded below
-    return torch.where(mask, (values - mean) * scale, 0.).to(values.dtype)
+    return torch.where(mask, (values.double() - mean) * scale, 0.).to(values.dtype)
 
 # %% ../../nbs/training/02_advantages.ipynb #5f04d448
 def batch_advantages(rewards: Tensor) -> Tensor:
@@ -62,10 +62,11 @@ def batch_advantages(rewards: Tensor) -> Tensor:
 
 # %% ../../nbs/training/02_advantages.ipynb #5ae35fa2
 @torch.no_grad()
-def penalised_rewards(rewards: Tensor, log_ratio_to_reference: Tensor, mask: Tensor, beta: float, clip: float = 10.) -> Tensor:
+def penalised_rewards(rewards: Tensor, log_ratio_to_reference: Tensor, mask: Tensor, beta: float,
+                      clip: float = 10.) -> Tensor:
     """Outcome on the last live token, minus `beta` × log(π/π_ref) on every live token; 0 elsewhere.
 
-    `rewards` [N] (or advantages of a group estimator), `log_ratio_to_reference` [N, T] nats, `mask` [N, T] → [N, T]."""
+    `rewards` [N] (or a group estimator's advantages), `log_ratio_to_reference` [N, T] nats, `mask` [N, T] → [N, T]."""
     last = mask.long().cumsum(-1).argmax(-1, keepdim=True)                  # [N, 1] first place where the count is full
     outcome = torch.zeros_like(log_ratio_to_reference)                      # [N, T]
     outcome.scatter_(1, last, rewards.to(outcome.dtype).clamp(-clip, clip).unsqueeze(1))
@@ -78,10 +79,11 @@ def rewards_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/training/02_advantages.ipynb #35c8468c
 @torch.no_grad()
-def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1., lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.,
+                           lam: float = 0.95) -> tuple[Tensor, Tensor]:
     "GAE: (advantages, returns), both [N, T] and 0 where `mask` does not hold; `rewards` and `values` [N, T]."
     rewards, values = torch.where(mask, rewards, 0.), torch.where(mask, values, 0.)     # [N, T]
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))              # [N, T] V of the next token, 0 after the last
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))              # [N, T] next forecast, 0 after the last
     surprises = rewards + gamma * following - values                        # [N, T]
     advantages = torch.zeros_like(surprises)                                # [N, T]
     running = torch.zeros_like(surprises[:, 0])                             # [N]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KL_IN_LOSS', 'LossConfig', 'live_tokens', 'loss_total', 'loss_weights', 'clipped_objective', 'k1', 'k2', 'k3',
-           'policy_loss', 'policy_statistics', 'sum_statistics', 'combine_statistics', 'mean_statistics', 'value_loss',
+           'policy_loss', 'sum_statistics', 'policy_statistics', 'combine_statistics', 'mean_statistics', 'value_loss',
            'sft_loss']
 
 # %% ../../nbs/training/03_losses.ipynb #1b68cb4f
@@ -20,13 +20,13 @@ from ..core import StrictConfig, StudyError
 # %% ../../nbs/training/03_losses.ipynb #aef62aaf
 class LossConfig(StrictConfig):
     "What the policy minimises. Defaults are those of Zhao et al. (2025), without a KL penalty."
-    clip_low: float = Field(0.2, gt=0, le=1, description="ratios under 1 - clip_low are clipped where the advantage is negative")
-    clip_high: float = Field(0.2, gt=0, description="ratios over 1 + clip_high are clipped where the advantage is positive")
-    kl: Literal["none", "k1_in_reward", "k2_in_loss", "k3_in_loss"] = Field("none", description="estimator and its place")
+    clip_low: float = Field(0.2, gt=0, le=1, description="ratios under 1 - clip_low: flat if the advantage is < 0")
+    clip_high: float = Field(0.2, gt=0, description="ratios over 1 + clip_high: flat if the advantage is > 0")
+    kl: Literal["none", "k1_in_reward", "k2_in_loss", "k3_in_loss"] = Field("none", description="estimator and place")
     kl_coefficient: float = Field(0.0, ge=0, description="price of leaving the reference [reward per nat]")
-    normaliser: Literal["token", "sequence", "constant"] = Field("sequence", description="what the weights of a step add up over")
-    constant: int | None = Field(None, gt=0, description="length every completion counts for [tokens]; only with normaliser constant")
-    truncated: Literal["keep", "mask"] = Field("keep", description="completions cut off at the length limit: learn from them or not")
+    normaliser: Literal["token", "sequence", "constant"] = Field("sequence", description="what weighs the same")
+    constant: int | None = Field(None, gt=0, description="length of normaliser constant [tokens per completion]")
+    truncated: Literal["keep", "mask"] = Field("keep", description="what becomes of completions without an end")
 
     @model_validator(mode="after")
     def nothing_contradicts(self):
@@ -43,7 +43,7 @@ def live_tokens(mask: Tensor, ended: Tensor, config: LossConfig) -> Tensor:
     "The mask that the loss sees, [N, T] bool: without the rows cut off at the length limit if the config says so."
     return mask & ended.unsqueeze(1) if config.truncated == "mask" else mask
 
-
+# %% ../../nbs/training/03_losses.ipynb #107aa574
 def loss_total(mask: Tensor, config: LossConfig) -> Tensor:
     "Denominator of these rows, scalar; that of an optimiser step is the sum over its micro-batches and processes."
     if config.normaliser == "constant":
@@ -54,15 +54,15 @@ def loss_total(mask: Tensor, config: LossConfig) -> Tensor:
 def loss_weights(mask: Tensor, config: LossConfig, total: Tensor | float | None = None) -> Tensor:
     """Weight of every token, [N, T]; 0 where `mask` [N, T] bool does not hold.
 
-    `total` is the denominator of the whole optimiser step when `mask` is only a part of it (default: this mask's own)."""
+    `total`: denominator of the whole optimiser step when `mask` is only a part of it (default: this mask's own)."""
     total = loss_total(mask, config) if total is None else total
-    shared_by = mask.sum(dim=-1, keepdim=True) if config.normaliser == "sequence" else torch.ones_like(mask[:, :1])  # [N, 1]
-    return torch.where(mask, 1 / (shared_by * total), 0.)
+    shared_by = mask.sum(dim=-1, keepdim=True) if config.normaliser == "sequence" else torch.ones_like(mask)
+    return torch.where(mask, 1 / (shared_by * total), 0.)                   # [N, T]
 
 # %% ../../nbs/training/03_losses.ipynb #dcf258a2
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     "min(ρA, clip(ρ)A) per token, to be maximised; `log_ratio` = log π/μ [nats]; shapes broadcast."
-    ratio = log_ratio.clamp(-20, 20).exp()                                  # finite, so that a clipped token has gradient 0
+    ratio = log_ratio.clamp(-20, 20).exp()                                  # finite: a clipped token has gradient 0
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 # %% ../../nbs/training/03_losses.ipynb #01ae9a0b
@@ -83,7 +83,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 # %% ../../nbs/training/03_losses.ipynb #dcc9a2e7
 KL_IN_LOSS = {"k2_in_loss": k2, "k3_in_loss": k3}
 
-
+# %% ../../nbs/training/03_losses.ipynb #6830f57b
 def policy_loss(log_probs: Tensor, behaviour_log_probs: Tensor, reference_log_probs: Tensor | None, advantages: Tensor,
                 weights: Tensor, config: LossConfig, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy loss with its KL penalty, and its statistics (see `policy_statistics`).
@@ -102,6 +102,11 @@ def policy_loss(log_probs: Tensor, behaviour_log_probs: Tensor, reference_log_pr
     return (weights * per_token).sum(), policy_statistics(log_ratio, to_reference, advantages, live, config, entropy)
 
 # %% ../../nbs/training/03_losses.ipynb #0da68d3b
+def sum_statistics(per_token: dict[str, Tensor], live: Tensor) -> dict[str, Tensor]:
+    "Sum of each [N, T] entry over live tokens, and the number of those as `tokens`."
+    return {"tokens": live.sum()} | {name: torch.where(live, values, 0.).sum() for name, values in per_token.items()}
+
+# %% ../../nbs/training/03_losses.ipynb #2cd0bf57
 @torch.no_grad()
 def policy_statistics(log_ratio: Tensor, to_reference: Tensor | None, advantages: Tensor, live: Tensor,
                       config: LossConfig, entropy: Tensor | None = None) -> dict[str, Tensor]:
@@ -118,11 +123,6 @@ def policy_statistics(log_ratio: Tensor, to_reference: Tensor | None, advantages
     maxima = {"ratio_max": torch.where(live, ratio, 0.).max(), "behaviour_gap_max": torch.where(live, gap, 0.).max()}
     return sum_statistics(per_token, live) | maxima
 
-
-def sum_statistics(per_token: dict[str, Tensor], live: Tensor) -> dict[str, Tensor]:
-    "Sum of each [N, T] entry over live tokens, and the number of those as `tokens`."
-    return {"tokens": live.sum()} | {name: torch.where(live, values, 0.).sum() for name, values in per_token.items()}
-
 # %% ../../nbs/training/03_losses.ipynb #8a6dfc11
 def combine_statistics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Statistics of several parts as those of one: sums are added, maxima (`…_max`) compared."
@@ -130,7 +130,7 @@ def combine_statistics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     combine = lambda name, values: values.amax(0) if name.endswith("_max") else values.sum(0)
     return {name: combine(name, torch.stack([part[name] for part in parts])) for name in parts[0]}
 
-
+# %% ../../nbs/training/03_losses.ipynb #111e6ce5
 def mean_statistics(statistics: dict[str, Tensor]) -> dict[str, float]:
     "Numbers to log: sums divided by `tokens` (which stays, as do maxima)."
     tokens = max(float(statistics["tokens"]), 1.)
