@@ -66,7 +66,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         except (ValueError, RecursionError) as error:
             raise StudyError(f"{where}: is not valid JSON ({error}); mend or remove the line") from None
         if not isinstance(row, dict):
-            raise StudyError(f"{where}: is not a JSON object; each line must look like {{\"question\": …, \"answer\": …}}")
+            raise StudyError(f"{where}: is not a JSON object; write lines like {{\"question\": …, \"answer\": …}}")
         yield where, row
 
 # %% ../../nbs/data/04_benchmarks.ipynb #e257bdd7
@@ -75,7 +75,8 @@ def field(row: dict, names: tuple[str, ...], where: str) -> str:
     for name in names:
         if isinstance(value := row.get(name), str | int | float) and str(value).strip():
             return str(value).strip()
-    raise StudyError(f"{where}: has no text in field `{'` or `'.join(names)}` (fields: {', '.join(row) or 'none'}); add it")
+    present = ", ".join(row) or "none"
+    raise StudyError(f"{where}: has no text in field `{'` or `'.join(names)}` (fields: {present}); add it")
 
 # %% ../../nbs/data/04_benchmarks.ipynb #6a80da9f
 def read_question(row: dict, location: Location, where: str) -> Question:
@@ -106,12 +107,14 @@ def mini_benchmark(name: str, count: int, seed: int, config: ProblemConfig) -> l
 
 def load_benchmark(name: str, data: str | Path | None = None, limit: int | None = None, seed: int = 0,
                    problems: ProblemConfig | None = None) -> list[Question]:
-    """The questions of a benchmark. `data`: a local JSONL instead of the Hub; `limit`: at most so many questions;
-    `problems`: what the mini ones are drawn from. Unknown name, broken line, missing field, no network: `StudyError`."""
+    """The questions of a benchmark.
+
+    `data`: a local JSONL instead of the Hub; `limit`: at most so many questions; `problems`: what the mini ones are
+    drawn from. Raises `StudyError` for an unknown name, a broken line, a missing field, an absent network."""
     if name not in BENCHMARKS:
         raise StudyError(f"unknown benchmark `{name}`; known are {', '.join(BENCHMARKS)}")
     if name in MINI and data is None:
-        return mini_benchmark(name, limit or 500, seed, problems or ProblemConfig())
+        return mini_benchmark(name, 500 if limit is None else limit, seed, problems or ProblemConfig())
     location = REAL.get(name, Location("", None, "", ("question",), ("answer",)))
     rows = read_jsonl(Path(data)) if data is not None else read_hub(location)
     questions = [read_question(row, location, where) for where, row in rows]

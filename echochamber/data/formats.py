@@ -32,7 +32,7 @@ class StyleConfig(StrictConfig):
     "How a source writes, and where it errs."
     docstring: float = Field(0.2, description="share of tinygsm programs that repeat the question [0–1]", ge=0, le=1)
     short_names: float = Field(0.2, description="share of programs with variables a, b, c [0–1]", ge=0, le=1)
-    comments: float = Field(0.1, description="share of programs with a comment before each operation [0–1]", ge=0, le=1)
+    comments: float = Field(0.1, description="share of programs that comment each operation [0–1]", ge=0, le=1)
     words: float = Field(0.1, description="share of omi2 solutions with operations in words [0–1]", ge=0, le=1)
     random_errors: float = Field(0.0, description="share of solutions with one operation replaced at random [0–1]",
                                  ge=0, le=1)
@@ -111,7 +111,8 @@ def render_omi1(problem: Problem, style: StyleConfig, rng: random.Random) -> str
     lines, value = assignments(problem, style, rng), problem.steps[-1].result.value
     block = ["<llm-code>", *lines, lines[-1].split(" = ")[0], "</llm-code>"]
     output = ["<llm-code-output>", str(value), "</llm-code-output>"]
-    return "\n".join(["Let's solve this with Python.", *block, *output, f"So the {problem.goal} is \\boxed{{{value}}}."])
+    conclusion = f"So the {problem.goal} is \\boxed{{{value}}}."
+    return "\n".join(["Let's solve this with Python.", *block, *output, conclusion])
 
 # %% ../../nbs/data/01_formats.ipynb #6dc16314
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
@@ -228,7 +229,7 @@ SENTENCE = re.compile(r"\bthe (?:final |correct )?answer is(?:\s?:[ \t]*+([^\n]{
 
 
 def stated_answer(text: str) -> tuple[str, str] | None:
-    "How a text states its answer (the first of `boxed`, `hashes`, `sentence` that occurs) and what it states there last."
+    "How a text states its answer (the first of boxed, hashes, sentence that occurs), and its last such statement."
     if (content := last_boxed(text)) is not None:
         return "boxed", content
     for kind, pattern in (("hashes", HASHES), ("sentence", SENTENCE)):

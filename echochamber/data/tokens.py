@@ -29,8 +29,8 @@ END_TOKEN = 0
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     "Byte-level BPE with at most `vocab_size` entries (fewer if the texts have no more to merge); entry 0 ends a text."
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECE), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECE), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.encode_special_tokens = True
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
@@ -138,7 +138,8 @@ class PackedData(LightningDataModule):
         "Part `part` of `parts` of the batch of an optimiser step, [batch_size / parts, context + 1] int64."
         size, rest = divmod(self.batch_size, parts)
         if rest:
-            raise StudyError(f"batch_size {self.batch_size} does not divide into {parts} micro-batches × ranks; change one")
+            raise StudyError(f"batch_size {self.batch_size} does not divide into {parts} parts "
+                             "(micro-batches × ranks); change one of them")
         start = step * self.batch_size + part * size
         return take(self.rows, rows_at(start, start + size, len(self.rows), self.seed))
 
