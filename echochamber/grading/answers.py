@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REWRITES', 'NUMERAL', 'PLAIN', 'FRAC', 'NOT_UNITS', 'LONGEST_NUMBER', 'NUMBER_IN_TEXT', 'FLOAT', 'BASE', 'OUTCOMES',
            'normalise', 'parse_number', 'last_number', 'prose_answer', 'round_float', 'read_value', 'program_answer',
-           'serve_latex', 'LatexJudge', 'same_number', 'same_answer', 'GraderConfig', 'Grade', 'runnable', 'read_gold',
-           'Grader', 'grade_frame', 'outcome_table']
+           'set_alarms', 'serve_latex', 'LatexJudge', 'same_number', 'same_answer', 'GraderConfig', 'Grade', 'runnable',
+           'read_gold', 'Grader', 'grade_frame', 'outcome_table']
 
 # %% ../../nbs/grading/01_answers.ipynb #3b3b76d3
 import json
@@ -120,6 +120,12 @@ def program_answer(result: ProgramResult, format: str) -> str | None:
     return read_value(normalise(last))
 
 # %% ../../nbs/grading/01_answers.ipynb #c7bf902e
+def set_alarms(seconds: float):
+    "Let the kernel end this process after so many seconds of processor time, or ten times as many altogether; 0: never."
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+
+
 def serve_latex(seconds: float, memory_mb: int):
     "Loop of the LaTeX process: read `[gold, answer]` as a line of JSON, write `true`, `false` or (failed) `null`."
     from math_verify import parse, verify
@@ -128,13 +134,13 @@ def serve_latex(seconds: float, memory_mb: int):
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not pass for a reply
     print('"ready"', file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        set_alarms(seconds)
         try:
             gold, answer = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
             equal = verify(gold, answer, timeout_seconds=None)
         except Exception:
             equal = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        set_alarms(0)
         print(json.dumps(equal), file=replies, flush=True)
 
 # %% ../../nbs/grading/01_answers.ipynb #46f571d5
@@ -211,7 +217,7 @@ OUTCOMES = ("correct", "wrong", "no_answer", "error", "timeout", "unsupported")
 class GraderConfig(StrictConfig):
     "How completions are graded."
     sandbox: SandboxConfig = Field(SandboxConfig(), description="limits of one program")
-    latex_seconds: float = Field(2.0, description="time limit of one LaTeX comparison [seconds]", gt=0)
+    latex_seconds: float = Field(2.0, description="processor time of one LaTeX comparison [seconds]", gt=0)
     latex_memory_mb: int = Field(1024, description="address space of the LaTeX process [MiB]", ge=512)
     audit: bool = Field(False, description="ask math-verify about numeric answers too and keep the disagreements")
 
