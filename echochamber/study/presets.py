@@ -53,6 +53,7 @@ class FinetuneConfig(StrictConfig):
 class EvaluateConfig(StrictConfig):
     "Measure checkpoints on a benchmark: greedy once and sampled `samples` times per question."
     model: str = Field(description="reference of a finished run, or the folder of one checkpoint")
+    model_hash: str | None = Field(None, description="content hash of the weights, where `model` is a folder of one checkpoint")
     steps: tuple[int, ...] = Field((), description="snapshots of the run to evaluate; empty for all, or for one checkpoint")
     benchmark: str = Field("mini-gsm", description="mini-gsm, mini-math, gsm8k, math500 or aime")
     problems: ProblemConfig = Field(ProblemConfig(), description="what mini-gsm draws from, and mini-math goes beyond")

@@ -7,7 +7,7 @@ __all__ = ['STATUSES', 'WATTS_PER_CORE', 'PACKAGES', 'program_text', 'imported_m
            'notebook_source', 'code_version', 'Run', 'check_chain', 'artefacts', 'seal', 'damage', 'refuse_damage',
            'folder_status', 'locked', 'holder', 'energy_meters', 'energy_bill', 'versions', 'git_revision', 'cores',
            'hardware', 'read_progress', 'spend', 'Progress', 'open_run', 'record_provenance', 'record_failure',
-           'disk_speaks', 'finished_run', 'write_table']
+           'disk_speaks', 'finished_run']
 
 # %% ../../nbs/study/01_runs.ipynb #219b440e
 import ast
@@ -35,7 +35,6 @@ from filelock import FileLock, Timeout
 from echochamber.core import (
     StrictConfig,
     StudyError,
-    atomic_path,
     content_hash,
     outputs_folder,
     project_root,
@@ -401,14 +400,8 @@ def disk_speaks(place: Path) -> Iterator[None]:
 def finished_run(reference: str) -> Path:
     "Folder of a finished run named in a config; anything but a whole one is refused."
     folder = outputs_folder() / "runs" / reference
-    refuse_damage(folder) if (folder / "DONE").exists() else None
-    if folder_status(folder) != "done":
-        raise StudyError(f"{folder}: this run is needed first and is {folder_status(folder)}; "
-                         "`echochamber reproduce` computes it")
+    if (folder / "DONE").exists():
+        refuse_damage(folder)
+    elif (status := folder_status(folder)) != "done":
+        raise StudyError(f"{folder}: this run is needed first and is {status}; `echochamber reproduce` computes it")
     return folder
-
-
-def write_table(destination: Path, frame) -> None:
-    "Write a pandas frame as parquet, atomically; equal frames give equal bytes."
-    with disk_speaks(destination), atomic_path(destination) as temporary:
-        frame.to_parquet(temporary, index=False, compression="zstd")

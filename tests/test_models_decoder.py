@@ -1,0 +1,86 @@
+"The decoder against Transformers' OLMo at any shape: logits, gradients, parameter counts and weights there and back."
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from echochamber.models.decoder import (
+    DECODERS,
+    Decoder,
+    DecoderConfig,
+    from_olmo,
+    from_olmo_config,
+    to_olmo,
+    to_olmo_config,
+    token_log_probs,
+)
+
+torch.set_num_threads(1)
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def shapes(draw) -> DecoderConfig:
+    "Any small decoder; weights ten times larger than at the start, so that attention is far from uniform."
+    heads = draw(st.integers(1, 5))
+    return DecoderConfig(width=2 * heads * draw(st.integers(1, 10)), layers=draw(st.integers(1, 4)), heads=heads,
+                         mlp_ratio=draw(st.integers(1, 9)), vocab_size=draw(st.integers(2, 200)), tied=draw(st.booleans()),
+                         rope_theta=draw(st.sampled_from([50.0, 10_000.0, 500_000.0])), init_std=0.2)
+
+
+def reference(config: DecoderConfig) -> OlmoForCausalLM:
+    return OlmoForCausalLM(OlmoConfig(**to_olmo_config(config))).eval()
+
+
+def loaded(model: OlmoForCausalLM, decoder: Decoder) -> OlmoForCausalLM:
+    model.load_state_dict(to_olmo(decoder.state_dict(), decoder.config), strict=False)
+    return model
+
+
+@given(shapes(), seeds, st.integers(1, 6), st.integers(2, 40))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, length):
+    torch.manual_seed(seed)
+    decoder = Decoder(config)
+    olmo = loaded(reference(config), decoder)
+    tokens = torch.randint(config.vocab_size, (rows, length))
+    logits = decoder(tokens)
+    assert (logits - olmo(tokens).logits).abs().max() < 1e-4
+    (-token_log_probs(decoder, tokens).mean()).backward()
+    olmo(tokens, labels=tokens).loss.backward()
+    here = to_olmo({name: weight.grad for name, weight in decoder.named_parameters()}, config)
+    there = {name: weight.grad for name, weight in olmo.named_parameters()}
+    assert here.keys() == there.keys()
+    for name, gradient in there.items():
+        torch.testing.assert_close(here[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@given(shapes(), seeds)
+@settings(max_examples=25, deadline=None)
+def test_weights_of_transformers_survive_the_way_here_and_back(config, seed):
+    torch.manual_seed(seed)
+    theirs = dict(reference(config).named_parameters())
+    decoder = Decoder(from_olmo_config(OlmoConfig(**to_olmo_config(config)).to_dict()))
+    decoder.load_state_dict(from_olmo(theirs, config))
+    back = to_olmo(decoder.state_dict(), config)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.parametrize(("name", "count"), [("150M", 162_398_208), ("1B", 1_139_277_824)])
+def test_the_sizes_of_the_paper_count_alike_in_transformers(name, count):
+    with torch.device("meta"):
+        theirs, ours = reference(DECODERS[name]), Decoder(DECODERS[name])
+    assert theirs.num_parameters() == count == sum(weight.numel() for weight in ours.parameters())
+    assert to_olmo(ours.state_dict(), ours.config).keys() == dict(theirs.named_parameters()).keys()
+
+
+@given(seeds, st.integers(1, 5), st.integers(2, 30), st.integers(1, 2_000), st.sampled_from([0.3, 1.0, 2.0]))
+@settings(max_examples=25, deadline=None)
+def test_log_probabilities_do_not_depend_on_the_pieces(seed, rows, length, logits_at_once, temperature):
+    torch.manual_seed(seed)
+    decoder = Decoder(DecoderConfig(width=16, layers=1, heads=2, vocab_size=31, init_std=0.2))
+    tokens = torch.randint(31, (rows, length))
+    expected = (decoder(tokens)[:, :-1].double() / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    found = token_log_probs(decoder, tokens, temperature, logits_at_once)
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
