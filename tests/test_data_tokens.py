@@ -120,7 +120,7 @@ class Witness(lightning.LightningModule):
         return torch.optim.SGD(self.parameters())
 
 rows = Dataset.from_dict({"tokens": [[i, i, i] for i in range(20)]}).with_format("numpy")
-trainer = lightning.Trainer(max_steps=6, accumulate_grad_batches=2, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+trainer = lightning.Trainer(max_steps=6, accumulate_grad_batches=2, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(Witness(), PackedData(rows, batch_size=8, seed=3))
 """
