@@ -1,0 +1,62 @@
+"The LaTeX judge: failures are counted, the next question is served, no process is left behind."
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from echochamber.core import StudyError
+from echochamber.grading.latex import LatexJudge
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with closing(LatexJudge()) as judge:
+        yield judge
+
+
+def test_a_failing_comparison_is_counted_and_the_next_one_served():
+    with closing(LatexJudge(seconds=1)) as judge:
+        assert not judge("7", "9^{9^{9^9}}") and judge.failures == 1
+        assert judge(r"\frac{1}{2}", "0.5") and judge.failures == 1
+        judge.process.kill()
+        judge.process.wait()
+        assert not judge("x", "y") and judge.failures == 2  # dead between two questions
+        assert judge("2k+2", "2(k+1)") and (judge.calls, judge.failures) == (4, 2)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="only Linux tells the limits of another process")
+def test_memory_is_limited():
+    with closing(LatexJudge(memory_mb=700)) as judge:
+        judge.start()
+        assert psutil.Process(judge.process.pid).rlimit(psutil.RLIMIT_AS) == (700 * 2**20,) * 2
+
+
+def test_a_judge_that_cannot_start_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StudyError, match="reinstall"):
+        LatexJudge()("1", "2")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60) | st.text(alphabet="0123456789xk+-*/^_(){}[]\\frac sqrt pi,=", max_size=40))
+def test_any_text_gets_a_verdict(judge, text):
+    assert judge("7", text) in (True, False)
+    assert judge("2k+2", "2(k+1)")
+
+
+def test_the_process_dies_with_its_parent():
+    code = ("from echochamber.grading.latex import LatexJudge\njudge = LatexJudge(seconds=1)\njudge.start()\n"
+            "print(judge.process.pid, flush=True)\njudge('7', '9^{9^{9^9}}')")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
