@@ -100,6 +100,8 @@ def explain(error: Exception) -> tuple[str, str]:
 def perform(task: Task, sockets: Path) -> bool:
     "Execute a task in this process; True if it succeeded, else word of the failure is left beside the output."
     partial = task.trace("partial.ipynb")
+    if task.folder and (Path(task.folder) / "DONE").exists():
+        return True
     try:
         with disk_speaks(partial.parent):
             require_parameters(Path(task.notebook))

@@ -162,7 +162,7 @@ def damage(folder: Path) -> str:
     "What is wrong with a sealed folder, in a few words; empty if it is whole."
     try:
         listed = json.loads((folder / "DONE").read_text())
-        for name, promised in ({"config.json": None} | listed).items():
+        for name, promised in listed.items():
             found = (folder / name).stat()
             if found.st_size != promised["bytes"]:
                 return f"{name} has {found.st_size:,} of {promised['bytes']:,} bytes"
@@ -172,7 +172,7 @@ def damage(folder: Path) -> str:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return "DONE cannot be read"
-    return ""
+    return "" if "config.json" in listed else "DONE does not list its files"
 
 
 def refuse_damage(folder: Path) -> None:
