@@ -93,7 +93,7 @@ def test_compaction_keeps_the_living_rows_whole_whatever_the_pattern(patterns, s
     live = torch.arange(12)
     for pattern in [[True] * 12, *patterns]:
         order = cache.keep(going := torch.tensor(pattern)[:len(live)])
-        assert sorted(live[order].tolist()) == live[going].tolist()
+        assert sorted(live[order].tolist()) == sorted(live[going].tolist())
         live = live[order]
         if not len(live):
             break
@@ -121,11 +121,11 @@ def test_memory_does_not_grow():
     decoder, prompts = decoder_of(0), [[3] * size for size in range(1, 33)]
     def used() -> tuple[int, int]:
         gc.collect()
-        return psutil.Process().memory_info().rss, sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return psutil.Process().memory_info().rss, sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
     for round in range(18):
         generate(decoder, prompts, 8, SamplingConfig(max_new_tokens=40), seeds=round)
         if round == 5:
             memory, tensors = used()
     after = used()
-    assert after[1] <= tensors and after[0] - memory < 2**24                           # one leaked cache of a round takes as much
+    assert after[1] <= tensors and after[0] - memory < 2**24                           # a cache leaked per round: 150 MB
