@@ -1,0 +1,132 @@
+"A run's name follows everything that can change its result; its folder is whole, resumable or absent."
+import errno
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from echochamber.core import StrictConfig, StudyError
+from echochamber.study import runs
+from echochamber.study.runs import Run, finished_run, open_run
+
+
+class ToyConfig(StrictConfig):
+    rate: float = 0.1
+    seed: int = 0
+    model: str = ""
+
+
+@pytest.fixture(autouse=True)
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("ECHOCHAMBER_NOTEBOOKS", str(tmp_path / "nbs"))
+    monkeypatch.delenv("ECHOCHAMBER_RUN", raising=False)
+    write_notebook(tmp_path / "nbs/experiments/toy.ipynb", "1 + 1")
+    return tmp_path
+
+
+def write_notebook(path: Path, code: str, parameters: str = "name = ''", prose: str = "# Toy") -> None:
+    cells = [nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(parameters), nbformat.v4.new_code_cell(code)]
+    cells[1].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    runs.code_version.cache_clear()
+
+
+def compute(run: Run) -> None:
+    with open_run(run, patience=0.1) as progress:
+        (run.folder / "checkpoints").mkdir(exist_ok=True)
+        (run.folder / "checkpoints" / "weights").write_bytes(bytes(1000))
+        progress.report(1, 1)
+
+
+configs = st.builds(ToyConfig, rate=st.floats(0, 1), seed=st.integers(0, 9), model=st.text(max_size=5))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(configs, configs)
+def test_equal_configs_and_only_they_share_a_folder(one, other):
+    assert (Run("toy", "a", one).reference == Run("toy", "a", other).reference) == (one.model_dump_json() == other.model_dump_json())
+
+
+def test_code_renames_a_run_and_prose_does_not(study):
+    notebook, reference = study / "nbs/experiments/toy.ipynb", lambda: Run("toy", "a", ToyConfig()).reference
+    first = reference()
+    write_notebook(notebook, "1 + 1  # two", parameters="name = 'other'", prose="# Another title")
+    assert reference() == first
+    write_notebook(notebook, "1 + 2")
+    assert reference() != first
+
+
+def test_a_change_at_the_head_renames_the_whole_chain():
+    def chain(rate: float) -> list[str]:
+        references = [Run("toy", "head", ToyConfig(rate=rate))]
+        for link in ("middle", "tail"):
+            references.append(Run("toy", link, ToyConfig(model=references[-1].reference), parents=(references[-1],)))
+        return [run.reference for run in references]
+    assert chain(0.1) == chain(0.1) and not set(chain(0.1)) & set(chain(0.2))
+
+
+def test_done_is_written_last_and_lists_every_artefact(monkeypatch):
+    written, write_json = [], runs.write_json
+    monkeypatch.setattr(runs, "write_json", lambda path, values: (written.append(path.name), write_json(path, values)))
+    run = Run("toy", "a", ToyConfig())
+    compute(run)
+    assert written[-1] == "DONE" and written.count("DONE") == 1 and run.done
+    assert set(json.loads((run.folder / "DONE").read_text())) == {
+        "config.json", "provenance.json", "progress.json", "checkpoints/weights"}
+
+
+DAMAGE = {
+    "truncated": lambda folder: (folder / "checkpoints/weights").write_bytes(bytes(999)),
+    "same size, other bytes": lambda folder: (folder / "checkpoints/weights").write_bytes(bytes(999) + b"!"),
+    "missing": lambda folder: (folder / "provenance.json").unlink(),
+    "DONE is empty": lambda folder: (folder / "DONE").write_text(""),
+    "DONE is no object": lambda folder: (folder / "DONE").write_text("[1]"),
+    "DONE is binary": lambda folder: (folder / "DONE").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("break_it", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_run_is_refused_wherever_it_is_met(break_it):
+    run = Run("toy", "a", ToyConfig())
+    compute(run)
+    break_it(run.folder)
+    assert run.status == "corrupt"
+    for meet in (lambda: finished_run(run.reference), lambda: compute(run)):
+        with pytest.raises(StudyError, match="damaged"):
+            meet()
+
+
+def test_a_finished_run_is_never_opened_again():
+    run = Run("toy", "a", ToyConfig())
+    compute(run)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.name != ".lock"}
+    with pytest.raises(StudyError, match="finished"):
+        compute(run)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_disk_that_fills_up_at_any_write_leaves_nothing_half_written(writes, monkeypatch):
+    run, left, write_text = Run("toy", "a", ToyConfig()), [writes], Path.write_text
+
+    def fills_up(path: Path, text: str, *arguments, **options):
+        if left[0] == 0:
+            write_text(path, text[:len(text) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        left[0] -= 1
+        return write_text(path, text, *arguments, **options)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fills_up)
+        with pytest.raises(StudyError, match="no space left on the disk"):
+            compute(run)
+    assert not (run.folder / "DONE").exists() and not list(run.folder.rglob("*.tmp"))
+    for path in run.folder.glob("*.json"):
+        json.loads(path.read_text())
+    compute(run)
+    assert run.done
