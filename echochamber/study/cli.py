@@ -68,12 +68,12 @@ def choose_figures(names: list[str] | None) -> list:
     return [FIGURES[name] for name in names]
 
 
-def planned(figures: list, preset: str, seeds: int) -> tuple[list, float]:
+def planned(figures: list, preset: str, seeds: int, redo: bool = False) -> tuple[list, float]:
     "The runs of these figures, and the expected seconds of those that are missing."
     from echochamber.study.graph import plan
     from echochamber.study.presets import expected_seconds, find_preset
     find_preset(preset)
-    runs = plan(figures, preset, seeds)
+    runs = plan(figures, preset, seeds, redo)
     return runs, sum(expected_seconds(run, preset) for run in runs if not run.done)
 
 # %% ../../nbs/study/06_cli.ipynb #1e50327d
@@ -101,15 +101,16 @@ def reproduce(
         workers: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
         scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:port")] = None,
         slurm: Annotated[str | None, typer.Option(help="JSON file with the arguments of a dask_jobqueue.SLURMCluster")] = None,
+        redo: Annotated[bool, typer.Option("--redo", help="compute damaged runs again")] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the runs")] = False) -> None:
     """Compute what is missing and draw the figures; the same command continues after an interruption.
 
     Example: echochamber reproduce convergence --preset smoke"""
-    from echochamber.study.graph import clock
-    from echochamber.study.graph import reproduce as run_all
+    from echochamber.study.graph import clock, execute
     from echochamber.study.presets import expected_seconds
+    from echochamber.study.results import read_json, results_file
     chosen = choose_figures(figures)
-    runs, seconds = planned(chosen, preset, seeds)
+    runs, seconds = planned(chosen, preset, seeds, redo)
     missing = [run for run in runs if not run.done]
     console.print(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {len(runs)} runs, {len(missing)} to compute, "
                   f"about {clock(seconds)} on two cores", highlight=False)
@@ -117,8 +118,10 @@ def reproduce(
         for run in runs:
             console.print(f"  {run.reference}  {run.status}  {clock(expected_seconds(run, preset))}", highlight=False)
         return
-    for figure, line in zip(chosen, run_all(chosen, preset, seeds, expected_seconds, workers, scheduler, slurm, console), strict=True):
-        console.print(f"\n{line}", soft_wrap=True, highlight=False)
+    execute(runs, chosen, preset, seeds, lambda run: expected_seconds(run, preset), workers, scheduler,
+            Path(slurm) if slurm else None, redo, console)
+    for figure in chosen:
+        console.print(f"\n{read_json(results_file(figure.name, preset, '.json'))['line']}", soft_wrap=True, highlight=False)
         console.print(f"{outputs_folder() / 'figures' / preset / figure.name}.png", soft_wrap=True, highlight=False)
 
 # %% ../../nbs/study/06_cli.ipynb #c9f2a9d2
@@ -141,9 +144,7 @@ def run(stage: Annotated[str, typer.Argument(help="pretrain, finetune or evaluat
 
 def execute_one(chosen, execute) -> None:
     "Compute a single run, or say that it is there already."
-    from echochamber.study.graph import plan_run
-    plan_run(chosen)
-    execute([chosen], expected=lambda run: 60.0, console=console)
+    execute([chosen], console=console)
 
 # %% ../../nbs/study/06_cli.ipynb #21ef1a08
 def print_grades(frame) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACED', 'plan', 'check', 'Job', 'missing_jobs', 'figure_job', 'share_cores', 'visible_gpus', 'default_workers',
-           'place', 'dask_client', 'slurm_cluster', 'State', 'seconds_left', 'total_left', 'clock', 'Board', 'how_far',
-           'elapsed', 'shown_jobs', 'table_of', 'line_of', 'display', 'run_jobs', 'Placed', 'advance', 'conclude',
-           'sentence', 'raise_failures', 'execute']
+           'place', 'dask_client', 'slurm_cluster', 'State', 'seconds_left', 'total_left', 'clock', 'Board',
+           'first_line', 'how_far', 'elapsed', 'shown_jobs', 'table_of', 'line_of', 'new_lines', 'display', 'run_jobs',
+           'Placed', 'advance', 'conclude', 'sentence', 'raise_failures', 'execute']
 
 # %% ../../nbs/study/05_graph.ipynb #840b82b0
 import contextlib
@@ -181,9 +181,11 @@ class State:
     @property
     def share(self) -> float:
         "Share done, 0 to 1."
-        return 1.0 if self.status == "done" else self.report["done"] / self.report["total"] if self.report and self.report["total"] else 0.0
+        if self.status == "done":
+            return 1.0
+        return self.report["done"] / self.report["total"] if self.report and self.report["total"] else 0.0
 
-
+# %% ../../nbs/study/05_graph.ipynb #67408d09
 def seconds_left(state: State, expected: float, now: float) -> float:
     "Seconds a job will still take, by its own pace or by the estimate."
     if state.ended:
@@ -206,7 +208,7 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
-
+# %% ../../nbs/study/05_graph.ipynb #6c17d7c9
 class Board:
     "The state of every job of a command."
 
@@ -230,20 +232,27 @@ class Board:
     def summary(self) -> str:
         "The line that ends the table: how much of it all is done, how long it has taken, how long still."
         done = sum(state.status == "done" for state in self.states.values())
-        ends = f"about {clock(total_left(self.left(), self.workers))} left" if done < len(self.states) else "finished"
-        return f"{done} of {len(self.states)} done, {clock(time.monotonic() - self.started)} gone, {ends}"
+        failed = sum(state.status == "failed" for state in self.states.values())
+        ended = all(state.ended for state in self.states.values())
+        return (f"{done} of {len(self.states)} done, " + (f"{failed} failed, " if failed else "")
+                + f"{clock(time.monotonic() - self.started)} gone"
+                + ("" if ended else f", about {clock(total_left(self.left(), self.workers))} left"))
 
-# %% ../../nbs/study/05_graph.ipynb #ddce8563
+# %% ../../nbs/study/05_graph.ipynb #d3e897b6
+def first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
 def how_far(state: State) -> str:
     "What a job says of itself: units done, and its message."
     if state.status == "failed":
-        return state.failure["message"].strip().splitlines()[0] if state.failure["message"].strip() else state.failure["kind"]
+        return first_line(state.failure["message"]) or state.failure["kind"]
     if state.status != "running":
         return ""
     report = state.report or {"total": None}
     if not report["total"]:
         return "starting"
-    return f"{report['done']:,g} of {report['total']:,g} {report['unit']} {report['message']}".strip()
+    return f"{report['done']:,g} of {report['total']:,g} {report['unit']}  {report['message']}".strip()
 
 
 def elapsed(state: State) -> str:
@@ -257,7 +266,7 @@ def shown_jobs(board: Board, room: int) -> list[Job]:
     rank = lambda job: (order[(state := board.states[job]).status], -(state.ended or 0))
     return jobs if len(jobs) <= room else sorted(sorted(jobs, key=rank)[:room], key=jobs.index)
 
-# %% ../../nbs/study/05_graph.ipynb #6c17d7c9
+# %% ../../nbs/study/05_graph.ipynb #bfc767e6
 def table_of(board: Board, room: int = 20) -> Group:
     "The live table of a terminal."
     table, left = Table(box=None, pad_edge=False, header_style="bold"), board.left()
@@ -276,27 +285,28 @@ def table_of(board: Board, room: int = 20) -> Group:
 def line_of(board: Board, job: Job) -> str:
     "One plain line for a log."
     state = board.states[job]
-    detail = " ".join(part for part in (how_far(state), f"in {elapsed(state)}" if state.ended and state.began else "") if part)
-    return f"{job.label}: {state.status}{' ' + detail if detail else ''} ({board.summary()})"
+    took = f"in {elapsed(state)}" if state.ended and state.began else ""
+    return ", ".join(part for part in (f"{job.label}: {state.status}", how_far(state), took) if part) + f" [{board.summary()}]"
 
 # %% ../../nbs/study/05_graph.ipynb #0af05eef
+def new_lines(board: Board, told: dict[Job, tuple[str, float]], pause: float = 10.0) -> Iterator[str]:
+    "A line for every job whose status has changed, or that has been running for `pause` seconds since the last."
+    for job, state in board.states.items():
+        status, moment = told.get(job, ("waiting", 0.0))
+        if state.status != status or (status == "running" and time.monotonic() - moment >= pause):
+            told[job] = (state.status, time.monotonic())
+            yield line_of(board, job)
+
+
 @contextlib.contextmanager
 def display(board: Board, console: Console) -> Iterator[Callable[[], None]]:
     "Yield the function that brings the display up to date."
     if console.is_terminal:
-        with Live(table_of(board), console=console, auto_refresh=False, transient=False) as live:
-            yield lambda: live.update(table_of(board, max(4, console.height - 4)), refresh=True)
-        return
-    told: dict[Job, tuple[str, float]] = {}
-
-    def tell() -> None:
-        for job, state in board.states.items():
-            before, moment = told.get(job, ("waiting", 0.0))
-            if state.status != before or (before == "running" and time.monotonic() - moment >= 10):
-                told[job] = (state.status, time.monotonic())
-                console.print(line_of(board, job), markup=False, highlight=False, soft_wrap=True)
-    yield tell
-    tell()
+        with Live(table_of(board), console=console, auto_refresh=False) as live:
+            yield lambda: live.update(table_of(board, room=max(4, console.height - 4)), refresh=True)
+    else:
+        told: dict[Job, tuple[str, float]] = {}
+        yield lambda: [console.print(line, markup=False, highlight=False, soft_wrap=True) for line in new_lines(board, told)]
 
 # %% ../../nbs/study/05_graph.ipynb #650a19b0
 def run_jobs(board: Board, client, gpus: Sequence[str] = (), refresh: Callable[[], None] = lambda: None) -> None:
@@ -309,6 +319,7 @@ def run_jobs(board: Board, client, gpus: Sequence[str] = (), refresh: Callable[[
             board.look()
             refresh()
             time.sleep(0.1)
+        refresh()
     finally:
         client.cancel([one.future for one in placed.values()], force=True)
         while PLACED:  # the executors of this machine end within a second
@@ -353,8 +364,8 @@ def conclude(job: Job, future) -> dict | None:
 # %% ../../nbs/study/05_graph.ipynb #ec89f0d6
 def sentence(job: Job, failure: dict) -> str:
     "One failure in one sentence."
-    lines = failure["message"].strip().splitlines() or [""]
-    what = failure["message"] if failure["kind"] == "StudyError" else f"failed with {failure['kind']}: {lines[0]}"
+    message = failure["message"]
+    what = message if failure["kind"] == "StudyError" else f"failed with {failure['kind']}: {first_line(message)}"
     notebook = next(iter(job.folder.glob("*.ipynb")), None) if job.folder else None
     return f"{job.label}: {what}" + (f" (the notebook with its traceback: {notebook})" if notebook else "")
 
