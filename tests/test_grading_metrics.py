@@ -165,6 +165,27 @@ def test_bad_evaluations_are_one_sentence():
         summarise_change(frame, imagine(4, 2))
 
 
+def test_default_ks_reach_the_fewest_samples():
+    frame = imagine(10, 12).drop(index=3)
+    assert set(summarise(frame).k.dropna()) == {1, 2, 4, 8, 11}
+    assert set(summarise(imagine(5, 1, mode="greedy")).k.dropna()) == {1}
+
+
+def test_changes_need_the_same_seeds_but_not_the_same_order():
+    frame = pd.concat([imagine(8, 1, mode="greedy"), imagine(8, 4)], ignore_index=True).assign(seed=0)
+    assert (summarise_change(frame, frame[::-1]).value.dropna() == 0).all()
+    assert (summarise_change(frame, frame.drop(columns="seed")).value.dropna() == 0).all()
+    with pytest.raises(StudyError, match="seeds"):
+        summarise_change(frame, frame.assign(seed=7))
+
+
+@pytest.mark.filterwarnings("error")
+def test_majority_at_the_largest_size_and_beyond():
+    assert np.isclose(majority_at_k(500, (499,), 1, 1000), 1) and np.isclose(majority_at_k(500, (500,), 0, 999), 0.5)
+    with pytest.raises(StudyError, match="1,030"):
+        majority_at_k(515, (515,), 0, 10)
+
+
 def test_a_missing_completion_keeps_the_sums_right():
     frame = imagine(10, 4).drop(index=[0, 17])
     summary = summarise(frame, (1, 3))
