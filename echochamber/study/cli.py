@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'NAMES', 'FIELDS', 'main', 'say', 'choose_figures', 'planned',
            'study', 'reproduce', 'run', 'execute_one', 'print_grades', 'print_summary', 'evaluate', 'find_checkpoint',
-           'known_benchmark', 'hash_of', 'read_completions', 'grade', 'report']
+           'known_benchmark', 'hash_of', 'check_utf8', 'read_completions', 'grade', 'report']
 
 # %% ../../nbs/study/06_cli.ipynb #1a3260fd
 import errno
 import json
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,26 +30,32 @@ console = Console()
 # %% ../../nbs/study/06_cli.ipynb #ee7693d1
 def main(arguments: list[str] | None = None) -> None:
     "Entry point of the command `echochamber`."
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being asked to end is an interruption too
     try:
-        app(arguments, standalone_mode=False)
-    except typer.Exit as exit:
-        sys.exit(exit.exit_code)
+        status = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        say("Interrupted; finished runs are kept, run the same command to continue.")
-        sys.exit(130)
+        status = 130
+    except typer.Exit as exit:
+        status = exit.exit_code
     except StudyError as error:
         say(f"Error: {error}")
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            say("Error: no space left on the disk; free some and run the command again, finished runs are kept")
+        elif isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename:
+            say(f"Error: {error.filename}: {error.strerror}; give another path or change its permissions")
+        else:
             raise
-        say("Error: no space left on the disk; free some and run the command again, finished runs are kept")
         sys.exit(1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line
             raise
         say(f"Error: {error.format_message()}")
         sys.exit(2)
+    if status == 130:  # typer catches Ctrl-C itself and returns this
+        say("Interrupted; finished runs are kept, run the same command to continue.")
+    sys.exit(status or 0)
 
 
 def say(sentence: str) -> None:
@@ -234,11 +242,23 @@ def hash_of(data: Path | None) -> str | None:
 FIELDS = ("question", "answer", "completion")
 
 
+def check_utf8(path: Path) -> None:
+    "Name the first line of a file that is not UTF-8."
+    try:
+        (data := path.read_bytes()).decode()
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}); give a file with one JSON object per line") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+
+
 def read_completions(path: Path):
     "A frame with the three fields; the first bad line is named in a `StudyError`."
     import pandas as pd
 
     from echochamber.data.benchmarks import read_jsonl
+    check_utf8(path)
     rows = []
     for where, row in read_jsonl(path):
         missing, unknown = [f for f in FIELDS if f not in row], [f for f in row if f not in FIELDS]
@@ -247,6 +267,8 @@ def read_completions(path: Path):
                              "each line holds exactly question, answer and completion")
         if wrong := [field for field in FIELDS if not isinstance(row[field], str)]:
             raise StudyError(f"{where}: field `{wrong[0]}` is {type(row[wrong[0]]).__name__}, not text; write it as a string")
+        if broken := [field for field in FIELDS if re.search("[\ud800-\udfff]", row[field])]:
+            raise StudyError(f"{where}: field `{broken[0]}` holds half a character (a lone surrogate); remove it")
         rows.append(row)
     if not rows:
         raise StudyError(f"{path}: holds no completions; give one JSON object per line")

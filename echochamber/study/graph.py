@@ -134,7 +134,7 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
             scheduler = stack.enter_context(slurm_cluster(slurm, workers))
         elif not scheduler:
             scheduler = stack.enter_context(LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0, dashboard_address=None,
+                n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0, dashboard_address="127.0.0.1:0",
                 silence_logs=logging.CRITICAL))
         try:
             client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
