@@ -56,6 +56,7 @@ def make_optimiser(parameters: Iterable[torch.nn.Parameter], config: OptimiserCo
     "What `configure_optimizers` returns: fused AdamW and its schedule, advanced once per optimiser step."
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon,
                                   weight_decay=config.weight_decay, fused=True)
+    optimiser._step_supports_amp_scaling = False  # bf16 has no loss scale; otherwise Lightning refuses to clip a fused optimiser
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, config))
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
