@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from ..core import StudyError, atomic_path, write_json
-from ..data.tokens import load_tokenizer, save_tokenizer
+from ..data.tokens import END_TOKEN, load_tokenizer, save_tokenizer
 from .decoder import Decoder, DecoderConfig, from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 # %% ../../nbs/models/01_checkpoints.ipynb #73028ea0
@@ -24,7 +24,8 @@ WEIGHTS, SHAPE = "model.safetensors", "config.json"
 
 def save_weights(path: Path, state: dict) -> None:
     "Write a state dict as safetensors; tensors are made contiguous and moved to the CPU."
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def save_model(folder: str | Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
@@ -41,9 +42,11 @@ def load_weights(path: Path) -> dict:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise StudyError(f"{path}: there are no weights here; give the folder of a checkpoint, or train the model first") from None
+        raise StudyError(f"{path}: there are no weights here; give the folder of a checkpoint, "
+                         "or train the model first") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise StudyError(f"{path}: the weights are truncated or corrupt ({error}); copy the file again or train the model again") from None
+        raise StudyError(f"{path}: the weights are truncated or corrupt ({error}); copy the file again "
+                         "or train the model again") from None
 
 
 def fill(decoder: Decoder, state: dict, where: Path) -> Decoder:
@@ -51,7 +54,8 @@ def fill(decoder: Decoder, state: dict, where: Path) -> Decoder:
     try:
         decoder.load_state_dict(state)
     except RuntimeError:
-        raise StudyError(f"{where}: the weights do not fit the shape in {SHAPE}; give a folder whose files belong together") from None
+        raise StudyError(f"{where}: the weights do not fit the shape in {SHAPE}; "
+                         "give a folder whose files belong together") from None
     return decoder
 
 # %% ../../nbs/models/01_checkpoints.ipynb #ccb4fce6
@@ -59,27 +63,38 @@ def load_model(folder: str | Path) -> tuple[Decoder, Tokenizer]:
     "Decoder and tokenizer from a folder that `save_model` wrote."
     folder = Path(folder)
     if not (folder / SHAPE).is_file():
-        raise StudyError(f"{folder}: is not a checkpoint (it has no {SHAPE}); give a folder with {WEIGHTS}, {SHAPE} and tokenizer.json")
+        raise StudyError(f"{folder}: is not a checkpoint (it has no {SHAPE}); "
+                         f"give a folder with {WEIGHTS}, {SHAPE} and tokenizer.json")
     decoder = Decoder(DecoderConfig.load(folder / SHAPE))
     return fill(decoder, load_weights(folder / WEIGHTS), folder), load_tokenizer(folder)
 
 # %% ../../nbs/models/01_checkpoints.ipynb #9ea4585f
-def export_to_transformers(folder: str | Path, destination: str | Path) -> None:
-    "Write a checkpoint as a folder that `OlmoForCausalLM.from_pretrained` reads."
+def export_to_transformers(folder: str | Path, destination: str | Path, end_token: int = END_TOKEN) -> None:
+    "Write a checkpoint as a folder that `AutoModelForCausalLM` and `AutoTokenizer` read."
     decoder, tokenizer = load_model(folder)
     with atomic_path(destination) as temporary:
         temporary.mkdir(parents=True)
         save_weights(temporary / WEIGHTS, to_olmo(decoder.state_dict(), decoder.config))
-        write_json(temporary / SHAPE, to_olmo_config(decoder.config))
+        write_json(temporary / SHAPE, to_olmo_config(decoder.config, end_token))
         save_tokenizer(temporary, tokenizer)
+        write_json(temporary / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.id_to_token(end_token),
+            "model_max_length": decoder.config.context, "clean_up_tokenization_spaces": False})
 
-
+# %% ../../nbs/models/01_checkpoints.ipynb #6fc0c2e7
 def import_from_transformers(folder: str | Path) -> tuple[Decoder, Tokenizer]:
     "Decoder and tokenizer from a Transformers folder of an OLMo model, its weights in one file or several."
     folder = Path(folder)
-    if not (folder / SHAPE).is_file():
-        raise StudyError(f"{folder}: has no {SHAPE}; give the folder of an OLMo model in Transformers' format")
-    config = from_olmo_config(json.loads((folder / SHAPE).read_text()), str(folder / SHAPE))
+    try:
+        config = from_olmo_config(dict(json.loads((folder / SHAPE).read_text())), str(folder / SHAPE))
+    except (OSError, ValueError, TypeError):
+        raise StudyError(f"{folder / SHAPE}: cannot be read as a model's config; "
+                         "give the folder of an OLMo model in Transformers' format") from None
     files = sorted(folder.glob("model*.safetensors")) or [folder / WEIGHTS]
-    state = {name: tensor for file in files for name, tensor in load_weights(file).items()}
-    return fill(Decoder(config), from_olmo(state, config), folder), load_tokenizer(folder)
+    olmo = {name: tensor for file in files for name, tensor in load_weights(file).items()}
+    try:
+        state = from_olmo(olmo, config)
+        whole = olmo.keys() - {"lm_head.weight"} <= to_olmo(state, config).keys()
+    except (KeyError, RuntimeError):  # a name is missing or a shape differs
+        whole = False
+    return fill(Decoder(config), state if whole else {}, folder), load_tokenizer(folder)
