@@ -27,7 +27,7 @@ class DecoderConfig(StrictConfig):
     context: int = Field(256, description="longest row the model is trained on [tokens]", gt=1)
     tied: bool = Field(True, description="the head shares the embedding's matrix")
     rope_theta: float = Field(10_000.0, description="base of the rotary wavelengths [tokens]", gt=1)
-    init_std: float = Field(0.02, description="standard deviation of the initial weights, truncated at three of them", gt=0)
+    init_std: float = Field(0.02, description="standard deviation of the initial weights, cut at three of them", gt=0)
 
     @model_validator(mode="after")
     def pairs_of_channels(self):
@@ -75,7 +75,9 @@ SHORT = 512  # tokens; beyond it the stored scores outgrow the caches
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    "[B, H, T, C] on [B, H, S, C] → [B, H, T, C]; causal if T = S and there is no `mask` [B, 1, T, S], True where t may see s."
+    """`query` [B, H, T, C] on `key` and `value` [B, H, S, C] → [B, H, T, C].
+
+    `mask` [B, 1, T, S] is True where t may see s; without one, a row on itself (T = S) is causal."""
     tokens, seen = query.shape[2], key.shape[2]
     if mask is None and 1 < tokens < seen:
         raise ValueError("several tokens on top of a cache need a mask")
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, turn: Tensor, cache=None, mask: Tensor | None = None) -> Tensor:
-        query_key, value = self.qkv(x).unflatten(-1, self.shape).split((2, 1), dim=2)      # [B, T, 2, H, C], [B, T, 1, H, C]
+        query_key, value = self.qkv(x).unflatten(-1, self.shape).split((2, 1), dim=2)      # [B, T, 2 and 1, H, C]
         query, key = rotate(query_key, turn).permute(2, 0, 3, 1, 4)                        # [B, H, T, C] each
         value = value.squeeze(2).transpose(1, 2)                                           # [B, H, T, C]
         if cache is not None:
@@ -143,8 +145,9 @@ class Decoder(nn.Module):
         for weight in self.parameters():
             nn.init.trunc_normal_(weight, std=config.init_std, a=-3 * config.init_std, b=3 * config.init_std)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache=None, mask: Tensor | None = None) -> Tensor:
-        "Final normalised states [B, T, D]. `positions` [B, T] default to 0…T-1; `mask` [B, 1, T, S] is True where t may see s."
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache=None,
+               mask: Tensor | None = None) -> Tensor:
+        "Final normalised states [B, T, D]. `positions` [B, T] default to 0…T-1; `mask` [B, 1, T, S]: t may see s."
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]          # [1, T]
         turn = rotation(positions, self.config.width // self.config.heads, self.config.rope_theta)
@@ -157,15 +160,17 @@ class Decoder(nn.Module):
         "States [..., D] → logits [..., V]."
         return functional.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None,
+                mask: Tensor | None = None) -> Tensor:
         return self.logits(self.hidden(tokens, positions, cache, mask))                    # [B, T, V]
 
 # %% ../../nbs/models/00_decoder.ipynb #e7d46936
 LOGITS_AT_ONCE = 2**26  # numbers in fp32: 256 MiB
 
 
-def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
-    "Log-probability in fp32 of tokens 1…T-1 of `tokens` [N, T] given those before, at `temperature` → [N, T-1] (nats)."
+def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0,
+                    logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+    "Log-probability [nats, fp32] of all but the first of `tokens` [N, T], at `temperature` → [N, T-1]."
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = decoder.logits(hidden).float()                                            # [P, V]
         logits = logits if temperature == 1 else logits / temperature
@@ -175,7 +180,8 @@ def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0, 
     size = max(1, logits_at_once // decoder.config.vocab_size)
     if len(targets) <= size:
         return log_probs(hidden, targets).view(len(tokens), -1)                            # [N, T-1]
-    pieces = [checkpoint(log_probs, *piece, use_reentrant=False) for piece in zip(hidden.split(size), targets.split(size), strict=True)]
+    pieces = [checkpoint(log_probs, *piece, use_reentrant=False)
+              for piece in zip(hidden.split(size), targets.split(size), strict=True)]              # [P] each
     return torch.cat(pieces).view(len(tokens), -1)                                         # [N, T-1]
 
 # %% ../../nbs/models/00_decoder.ipynb #4b2f7f54
@@ -198,9 +204,11 @@ def from_olmo_config(olmo: dict, where: str = "OLMo config") -> DecoderConfig:
     required = OLMO_FIXED | dict(num_key_value_heads=olmo.get("num_attention_heads"))
     foreign = [name for name, value in required.items() if (olmo.get(name) or value) != value]
     if foreign or rope.get("rope_type", "default") != "default" or "model_type" not in olmo:
-        raise StudyError(f"{where}: not an OLMo decoder of this study (see {', '.join(foreign) or 'model_type, rope_type'}); "
+        names = ", ".join(foreign) or "model_type, rope_type"
+        raise StudyError(f"{where}: not an OLMo decoder of this study (see {names}); "
                          "choose a model of type olmo without clipping, biases and grouped heads")
-    olmo = dict(max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.02) | olmo  # left out when default
+    defaults = dict(max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.02)
+    olmo = defaults | olmo  # its files leave defaults out
     values = {ours: olmo[theirs] for ours, theirs in OLMO_NAMES.items() if theirs in olmo}
     theta = rope.get("rope_theta") or olmo.get("rope_theta") or 10_000.0
     ratio = 2 * olmo.get("intermediate_size", 0) / olmo.get("hidden_size", 1)

@@ -27,18 +27,19 @@ class SamplingConfig(StrictConfig):
 
 # %% ../../nbs/models/02_generation.ipynb #840ac6c1
 def nucleus(weights: Tensor, top_p: float) -> Tensor:
-    "Zero all but the largest of `weights` [R, V] that together hold the share `top_p`; ties with the smallest kept stay."
+    "Zero all but the largest of `weights` [R, V] that together hold the share `top_p`; ties are kept together."
     ordered = weights.sort(-1, descending=True).values                                # [R, V]
     before = ordered.cumsum(-1, dtype=torch.float64) - ordered                        # [R, V] mass of the larger ones
-    kept = (before < top_p * ordered.sum(-1, keepdim=True, dtype=torch.float64)).sum(-1, keepdim=True)  # [R, 1], at least 1
+    mass = top_p * ordered.sum(-1, keepdim=True, dtype=torch.float64)                 # [R, 1]
+    kept = (before < mass).sum(-1, keepdim=True)                                      # [R, 1] at least 1
     return weights * (weights >= ordered.gather(-1, kept - 1))                        # [R, V]
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    "One token per row of `logits` [R, V], decided by `uniforms` [R] in [0, 1) → tokens [R], log-probabilities [R] in fp32."
+    "A token for each row of `logits` [R, V], decided by `uniforms` [R] in [0, 1) → tokens, log-probabilities [R]."
     scaled = logits.float() / (sampling.temperature or 1.0)                           # [R, V]
     scaled = scaled - scaled.amax(-1, keepdim=True)                                   # [R, V]
-    weights = scaled.exp()                                                            # [R, V] unnormalised probabilities
+    weights = scaled.exp()                                                            # [R, V] unnormalised
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)                                      # [R, 1]
     else:
@@ -76,7 +77,7 @@ class Cache:
         return keys, values
 
     def copy(self, rows: Tensor, columns: Tensor, room: int) -> "Cache":
-        "A cache whose row r holds columns `columns[r]` of row `rows[r]`, with `room` more to write. `columns` [R or 1, S]."
+        "A cache whose row r holds `columns[r]` of row `rows[r]` and `room` more; `columns` [R or 1, S]."
         fresh = Cache(self.config, len(rows), columns.shape[1] + room, self.store.dtype, self.store.device)
         fresh.used = columns.shape[1]
         for there, here in zip(fresh.store.transpose(3, 4), self.store.transpose(3, 4), strict=True):
@@ -112,7 +113,7 @@ COLUMNS_AT_ONCE = 64
 
 def complete(decoder: Decoder, prompts: Sequence[Sequence[int]], prompt_of: Tensor, uniforms: Tensor,
              sampling: SamplingConfig, end_token: int) -> tuple[Tensor, Tensor]:
-    "One completion per row of `prompt_of` [R] → tokens and log-probabilities [R, max_new_tokens]; after the end, `end_token` and 0."
+    "A completion for each of `prompt_of` [R] → tokens, log-probabilities [R, max_new_tokens]; then `end_token`, 0."
     cache, lengths, logits = prefill(decoder, prompts)
     lengths, logits, live = lengths[prompt_of], logits[prompt_of], torch.arange(len(prompt_of), device=logits.device)
     pads, padded = cache.used - lengths, bool((lengths < cache.used).any())           # [R]
@@ -130,7 +131,8 @@ def complete(decoder: Decoder, prompts: Sequence[Sequence[int]], prompt_of: Tens
             order = cache.keep(going)
             live, drawn = live[order], drawn[order]
         if cache.used == cache.store.shape[4]:
-            cache = cache.copy(torch.arange(cache.rows), column[None, :cache.used], COLUMNS_AT_ONCE)
+            rows = torch.arange(cache.rows, device=logits.device)                     # [R]
+            cache = cache.copy(rows, column[None, :cache.used], COLUMNS_AT_ONCE)
         mask = (column[:cache.used + 1] >= pads[live, None])[:, None, None] if padded else None  # [R, 1, 1, S]
         logits = decoder(drawn[:, None], (lengths[live] + step)[:, None], cache, mask)[:, 0]  # [R, V]
     return tokens, log_probs
@@ -151,11 +153,12 @@ class Completions:
 
     def lists(self) -> list[list[int]]:
         "The tokens of each completion, without end token and padding."
-        return [row[:length] for row, length in zip(self.tokens.tolist(), (self.lengths - self.ended.long()).tolist(), strict=True)]
+        lengths = self.lengths - self.ended.long()                                    # [N]
+        return [row[:length] for row, length in zip(self.tokens.tolist(), lengths.tolist(), strict=True)]
 
 # %% ../../nbs/models/02_generation.ipynb #48389229
-def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, sampling: SamplingConfig, end_token: int = 0,
-             seeds: Sequence[int] | int = 0, batch_rows: int = 512) -> Completions:
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, sampling: SamplingConfig,
+             end_token: int = 0, seeds: Sequence[int] | int = 0, batch_rows: int = 512) -> Completions:
     """`samples` completions of each prompt, at most `batch_rows` rows at a time.
 
     `seeds`: one integer for all, or one per prompt; the completions of a prompt depend on its seed and sample index,
@@ -174,8 +177,9 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, s
         chosen, prompt_of = np.unique(batch // samples, return_inverse=True)          # [P], [R]
         uniforms = row_uniforms([seeds[b] for b in batch // samples], batch % samples, sampling.max_new_tokens)
         with torch.inference_mode():
-            tokens[batch], log_probs[batch] = complete(decoder, [prompts[b] for b in chosen], torch.from_numpy(prompt_of).to(device),
-                                                       uniforms.to(device), sampling, end_token)
+            tokens[batch], log_probs[batch] = complete(
+                decoder, [prompts[b] for b in chosen], torch.from_numpy(prompt_of).to(device), uniforms.to(device),
+                sampling, end_token)
     ended = (tokens == end_token).any(-1)                                             # [N]
     lengths = (tokens != end_token).sum(-1) + ended                                   # [N]
     longest = int(lengths.max())
