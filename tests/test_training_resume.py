@@ -31,7 +31,8 @@ GRPO = """
 import sys, torch
 from pathlib import Path
 from echochamber.training.grpo import grpo_config
-from echochamber.training.rollouts import toy_task, train_policy
+from echochamber.training.policy import train_policy
+from echochamber.training.rollouts import toy_task
 
 torch.set_num_threads(1)
 model, tokenizer, questions, grader = toy_task()

@@ -246,8 +246,10 @@ def from_olmo(olmo: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tenso
 
 # %% ../../nbs/models/00_decoder.ipynb #b0a12854
 def fast_bf16(device: str | torch.device = "cpu") -> bool:
-    "Whether `device` multiplies bfloat16 natively."
+    "Whether `device` multiplies bfloat16 faster than float32."
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(features.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    if features.get("avx512_bf16") and "intel" not in str(features.get("cpu_name", "")).lower():
+        return True
+    return any(features.get(name, False) for name in ("amx_bf16", "bf16"))

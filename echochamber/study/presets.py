@@ -22,7 +22,7 @@ from ..models.generation import SamplingConfig
 from .runs import Run
 from ..training.fitting import FitConfig, OptimiserConfig
 from ..training.grpo import grpo_config
-from ..training.rollouts import PolicyConfig
+from ..training.policy import PolicyConfig
 
 # %% ../../nbs/study/02_presets.ipynb #a6da1970
 class PretrainConfig(StrictConfig):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'History', 'AtomicCheckpointIO', 'ResumePoint',
-           'Snapshots', 'Report', 'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
+           'process_count', 'process_rank', 'gather', 'Snapshots', 'logarithmic_steps', 'Report', 'FitConfig',
+           'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
 
 # %% ../../nbs/training/00_fitting.ipynb #16a2477d
 import logging
@@ -23,7 +24,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field, model_validator
 
-from ..core import StrictConfig, StudyError, atomic_path
+from ..core import StrictConfig, StudyError, atomic_path, write_frame
+from ..models.decoder import fast_bf16
 
 # %% ../../nbs/training/00_fitting.ipynb #f765d531
 class OptimiserConfig(StrictConfig):
@@ -52,8 +54,10 @@ def learning_rate_factor(step: int, config: OptimiserConfig) -> float:
     return config.final_fraction + (1 - config.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 # %% ../../nbs/training/00_fitting.ipynb #e1601567
-def make_optimiser(parameters: Iterable[torch.nn.Parameter], config: OptimiserConfig) -> dict:
-    "What `configure_optimizers` returns: fused AdamW and its schedule, advanced once per optimiser step."
+def make_optimiser(parameters: Iterable[torch.nn.Parameter | dict], config: OptimiserConfig) -> dict:
+    """What `configure_optimizers` returns: fused AdamW and its schedule, advanced once per optimiser step.
+
+    `parameters`: tensors, or groups with a peak `lr` of their own that follow the same schedule."""
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon,
                                   weight_decay=config.weight_decay, fused=True)
     optimiser._step_supports_amp_scaling = False  # bf16 has no loss scale; otherwise Lightning refuses to clip a fused optimiser
@@ -62,10 +66,10 @@ def make_optimiser(parameters: Iterable[torch.nn.Parameter], config: OptimiserCo
 
 # %% ../../nbs/training/00_fitting.ipynb #6c236cf9
 class History(L.Callback):
-    "Keeps the logged metrics of every optimiser step as rows; part of the checkpoint."
+    "Keeps the logged metrics of every optimiser step as rows; part of the checkpoint, and at the end a file."
 
-    def __init__(self):
-        self.rows: list[dict] = []
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         if trainer.callback_metrics and (not self.rows or self.rows[-1]["step"] < trainer.global_step):
@@ -78,9 +82,9 @@ class History(L.Callback):
     def load_state_dict(self, state: dict):
         self.rows = state["rows"]
 
-    def frame(self) -> pd.DataFrame:
-        "One row per optimiser step, one column per metric."
-        return pd.DataFrame(self.rows)
+    def on_train_end(self, trainer, module):
+        if trainer.is_global_zero:
+            write_frame(self.path, pd.DataFrame(self.rows))  # one row per optimiser step, one column per metric
 
 # %% ../../nbs/training/00_fitting.ipynb #cbc17314
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -111,6 +115,25 @@ class ResumePoint(L.Callback):
             self.saved_step = step
             trainer.save_checkpoint(self.path)
 
+# %% ../../nbs/training/00_fitting.ipynb #ab534ce2
+def process_count() -> int:
+    "Processes that train together."
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    "Number of this process among them, from 0."
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(value) -> list:
+    "The values that all processes brought, in the order of their ranks; everybody gets all of them."
+    if process_count() == 1:
+        return [value]
+    values = [None] * process_count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
 # %% ../../nbs/training/00_fitting.ipynb #d524aeee
 class Snapshots(L.Callback):
     "Calls `save(step)` once at each of the chosen optimiser steps (0 is before the first)."
@@ -118,17 +141,31 @@ class Snapshots(L.Callback):
     def __init__(self, steps: Iterable[int], save: Callable[[int], None]):
         self.waiting, self.save = set(steps), save
 
-    def save_if_due(self, trainer):
-        if trainer.global_step in self.waiting:
-            self.waiting.remove(trainer.global_step)
-            if trainer.is_global_zero:
-                self.save(trainer.global_step)
+    def reach(self, step: int) -> None:
+        "Save if this step was chosen and has not been saved; only the first process writes."
+        if step in self.waiting:
+            self.waiting.remove(step)
+            if process_rank() == 0:
+                self.save(step)
 
     def on_train_start(self, trainer, module):
-        self.save_if_due(trainer)
+        self.reach(trainer.global_step)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        self.save_if_due(trainer)
+        self.reach(trainer.global_step)
+
+# %% ../../nbs/training/00_fitting.ipynb #9df5b899
+def logarithmic_steps(steps: int, points: int = 15, decades: float = 2.1, extends: int = 0) -> tuple[int, ...]:
+    """Steps at which to keep a model: the start, and `points` values from 10^-`decades` to 1 of the run, rounded.
+
+    `extends`: length of the run that this one continues [steps]; the grid then covers `extends … steps` alone.
+    Source: `logspace(-2.1, 0, 15) × total` in the sweep files of Zhao et al. (2025)."""
+    if not 0 <= extends < steps or points < 1:
+        raise StudyError(f"no grid of {points} points between step {extends} and step {steps}; "
+                         "ask for at least one point, and for an end after the start")
+    new = steps - extends
+    grid = [round(new * 10 ** (-decades * (points - 1 - point) / max(1, points - 1))) for point in range(points)]
+    return tuple(sorted({extends, *(extends + max(1, step) for step in grid)}))
 
 # %% ../../nbs/training/00_fitting.ipynb #3d0bf33d
 class Report(L.Callback):
@@ -151,17 +188,15 @@ class FitConfig(StrictConfig):
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
     log_every: int = Field(1, gt=0, description="distance of logged rows [optimiser steps]")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
-    processes: int = Field(1, gt=0, description="data-parallel processes on this machine")
-    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="Lightning strategy for several processes")
+    processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="how several processes share the work; auto: ddp")
 
 # %% ../../nbs/training/00_fitting.ipynb #3c9df3b2
 def resolve_precision(precision: str) -> str:
     "`32-true` or `bf16-mixed` for this machine."
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
+    return "bf16-mixed" if fast_bf16("cuda" if torch.cuda.is_available() else "cpu") else "32-true"
 
 # %% ../../nbs/training/00_fitting.ipynb #bbf582cf
 def quiet_lightning() -> None:
@@ -180,8 +215,8 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
     Returns the history: one row per logged optimiser step. Raises `StudyError` for a damaged resume point."""
     quiet_lightning()
     folder = Path(folder)
-    resume, history = folder / "resume.ckpt", History()
-    callbacks = [*callbacks, history, ResumePoint(resume, config.checkpoint_every)]
+    resume, history = folder / "resume.ckpt", folder / "logs" / "history.parquet"
+    callbacks = [*callbacks, History(history), ResumePoint(resume, config.checkpoint_every)]
     if report is not None:
         callbacks.append(Report(report, metric))
     trainer = L.Trainer(
@@ -191,10 +226,11 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
         logger=make_loggers(folder), log_every_n_steps=config.log_every, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
-    if trainer.global_step < config.steps and not trainer.should_stop:
-        raise StudyError(f"{folder}: training ended at step {trainer.global_step} of {config.steps}; "
+    rows = pd.read_parquet(history)
+    if (reached := int(rows.step.max())) < config.steps:
+        raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "
                          "the data ran out, ask for more tokens or fewer steps")
-    return history.frame()
+    return rows
 
 # %% ../../nbs/training/00_fitting.ipynb #cf6a7ffd
 def make_loggers(folder: Path) -> list:
