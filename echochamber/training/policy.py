@@ -89,6 +89,11 @@ class PolicyConfig(StrictConfig):
     alarms: AlarmConfig = Field(AlarmConfig(), description="when to stop early")
     fit: FitConfig
 
+    @property
+    def seed(self) -> int:
+        "Seed of the run: of the prompts' order, the samples and the micro-batches."
+        return self.rollouts.seed
+
     @model_validator(mode="after")
     def parts_agree(self):
         known = [*GROUP_ESTIMATORS, "gae"]
