@@ -97,8 +97,33 @@ def test_our_process_does_not_grow(sandbox):
 
 def test_a_missing_interpreter_is_one_sentence(monkeypatch):
     monkeypatch.setenv("MONTY_BIN", "/nowhere/monty")
-    with pytest.raises(StudyError, match="reinstall"), Sandbox():
-        pass
+    with pytest.raises(StudyError, match="reinstall"), Sandbox() as sandbox:
+        sandbox.run(["1"])
+
+
+FORKS = """
+from multiprocessing import get_context
+from echochamber.grading.sandbox import Sandbox
+
+def run(sandbox, answers):
+    answers.put([result.value for result in sandbox.run(["1 + 1", "2 + 1"])])
+
+fork = get_context("fork")
+with Sandbox() as sandbox:
+    answers = fork.Queue()
+    children = [fork.Process(target=run, args=(sandbox, answers)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [answers.get(timeout=30) for _ in children] == [["2", "3"]] * 2
+    for child in children:
+        child.join(30)
+    assert sandbox.run(["3 + 1"])[0].value == "4"
+"""
+
+
+def test_forked_processes_start_workers_of_their_own():
+    "Data parallelism in a notebook forks after the sandbox was made and before it is used; each process must be able to use it."
+    assert subprocess.run([sys.executable, "-c", FORKS], timeout=120).returncode == 0
 
 
 PARENT = r"""

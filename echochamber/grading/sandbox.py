@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
 
 from pydantic import Field
 from pydantic_monty import CollectString, Monty, MontyCrashedError, MontyError
@@ -103,21 +103,30 @@ class Sandbox:
     "A pool of isolated interpreters: `with Sandbox() as sandbox: results = sandbox.run(programs)`."
 
     def __init__(self, config: SandboxConfig | None = None):
-        self.config = config = config or SandboxConfig()
-        self.pool = Monty(min_processes=config.workers, max_processes=config.workers,
-                          feed_duration_limit_grace=GRACE, request_timeout=config.seconds + 2 * GRACE)
-        self.threads = ThreadPoolExecutor(config.workers, thread_name_prefix="sandbox")
+        self.config = config or SandboxConfig()
 
-    def __enter__(self) -> "Sandbox":
+    @cached_property
+    def pool(self) -> Monty:
+        "Started by the first program, in the process that runs it: a forked process cannot use its parent's workers."
+        config = self.config
+        pool = Monty(min_processes=config.workers, max_processes=config.workers,
+                     feed_duration_limit_grace=GRACE, request_timeout=config.seconds + 2 * GRACE)
         try:
-            self.pool.__enter__()
+            return pool.__enter__()
         except (FileNotFoundError, RuntimeError) as error:
             raise StudyError(f"the sandbox does not start ({error}); reinstall pydantic-monty==1.4.0") from None
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.config.workers, thread_name_prefix="sandbox")
+
+    def __enter__(self) -> "Sandbox":
         return self
 
     def __exit__(self, *exception):
-        self.threads.shutdown(cancel_futures=True)
-        self.pool.__exit__(*exception)
+        if "pool" in vars(self):
+            self.threads.shutdown(cancel_futures=True)
+            self.pool.__exit__(*exception)
 
     def run(self, programs: Sequence[str]) -> list[ProgramResult]:
         "Run each program in a fresh session; one result per program, in order."
