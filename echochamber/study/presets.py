@@ -23,7 +23,7 @@ from ..models.generation import SamplingConfig
 from .runs import Run
 from ..training.critic import CriticConfig
 from ..training.expert_iteration import ExpertIterationConfig
-from ..training.fitting import FitConfig, OptimiserConfig
+from ..training.fitting import FitConfig, OptimiserConfig, logarithmic_steps
 from ..training.grpo import grpo_config
 from ..training.policy import PolicyConfig
 from ..training.ppo import ppo_config
@@ -49,7 +49,8 @@ class FinetuneConfig(StrictConfig):
     questions: int = Field(gt=0, description="number of training prompts; one pass over them is an episode")
     policy: Algorithm = Field(description="the algorithm; its `kind` says which loop trains it")
     solutions: tuple[SourceConfig, ...] = Field((), description="sources that write the solutions a supervised run imitates")
-    snapshots: tuple[int, ...] = Field(description="optimiser steps (rounds, for Expert Iteration) whose model is kept; 0 is the start")
+    snapshots: tuple[int, ...] = Field((), description="optimiser steps (rounds, for Expert Iteration) whose model is kept, 0 is the start; "
+                                                       "empty for a logarithmic grid")
     seed: int = Field(0, ge=0, description="seed of the prompts")
 
     @property
@@ -59,6 +60,11 @@ class FinetuneConfig(StrictConfig):
         if policy.kind == "supervised":
             return policy.steps(self.questions)
         return policy.rounds if policy.kind == "expert_iteration" else policy.fit.steps
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        "The steps whose model is kept."
+        return self.snapshots or logarithmic_steps(self.length)
 
     @model_validator(mode="after")
     def parts_agree(self):
@@ -184,7 +190,7 @@ def finetuning_run(scale: Preset, parent: Run, seed: int = 0, name: str = "grpo"
     policy = algorithm(scale, name, seed)
     config = dict(model=parent.reference, problems=scale.problems, questions=scale.training_questions, policy=policy,
                   solutions=parent.config.mixture.sources if name == "sft" else ())
-    length = FinetuneConfig(snapshots=(), **config).length
+    length = FinetuneConfig(**config).length
     kept = {"expert_iteration": tuple(range(1, length + 1)), "sft": (length,)}.get(name, scale.snapshots)
     return Run("finetune", f"{name}-seed{seed}", FinetuneConfig(snapshots=kept, **config), parents=(parent,))
 
@@ -192,7 +198,7 @@ def finetuning_run(scale: Preset, parent: Run, seed: int = 0, name: str = "grpo"
 def evaluation_run(scale: Preset, parent: Run, benchmark: str = "mini-gsm") -> Run:
     "Evaluation of all snapshots of a fine-tuning run."
     config = EvaluateConfig(
-        model=parent.reference, steps=parent.config.snapshots, benchmark=benchmark, problems=scale.problems, questions=scale.evaluation_questions,
+        model=parent.reference, steps=parent.config.kept, benchmark=benchmark, problems=scale.problems, questions=scale.evaluation_questions,
         samples=scale.evaluation_samples,
         sampling=SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=0.7, top_p=0.95))
     return Run("evaluate", f"{parent.name}-{benchmark}", config, parents=(parent,))
