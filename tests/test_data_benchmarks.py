@@ -46,13 +46,29 @@ def test_mini_benchmarks_come_from_the_test_split():
     ('{"question": "half', "line 2: is not valid JSON"), ("[1, 2]", "line 2: is not a JSON object"), ("3", "line 2"),
     ('{"question": "?"}', "line 2: has no text in field `answer`"), ('{"answer": "4"}', "line 2: has no text in field `question`"),
     ('{"question": " ", "answer": "4"}', "question"), ('{"question": "?", "answer": null}', "answer"),
-    ('{"question": {"a": 1}, "answer": "4"}', "question"), ("[" * 100_000, "line 2"), ('{"question": "?", "answer": "####"}', "answer")])
+    ('{"question": {"a": 1}, "answer": "4"}', "question"), ("[" * 100_000, "line 2"), ('{"question": "?", "answer": "####"}', "answer"),
+    ('{"question": "a", "question": "b", "answer": "4"}', "line 2: has the key `question` twice"),
+    ('{"question": "?", "answer": "4", "source": {"page": 1, "page": 1}}', "line 2: has the key `page` twice")])
 def test_a_broken_line_is_named(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line)
     with pytest.raises(StudyError) as caught:
         load_benchmark("gsm8k", path)
     assert message in str(caught.value) and "questions.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD)] * 2), encoding="utf-8-sig")
+    assert [(q.question, q.answer) for q in load_benchmark("gsm8k", path)] == [("2 + 2?", "4")] * 2
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_line_that_is_not_utf8_is_named(mark, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(mark + json.dumps(GOOD).encode() + b'\n\xff{"question": "?"}\n')
+    with pytest.raises(StudyError, match="questions.jsonl, line 2: is not UTF-8"):
+        load_benchmark("gsm8k", path)
 
 
 def test_other_ways_to_fail(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 "What is typed: bad input gets one sentence, a status and nothing half-written."
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import pandas as pd
 import pytest
 
 from echochamber.core import project_root
+from echochamber.data.problems import ProblemConfig
+from echochamber.grading.latex import LatexProcess
+from echochamber.study import cli
 from echochamber.study.cli import main
 
 GOOD = {"question": "1 + 1?", "answer": "2", "completion": r"The sum is \boxed{2}."}
@@ -49,6 +53,9 @@ BAD_LINES = {
     "number": (GOOD | {"answer": 2}, "`answer`"),
     "null": (GOOD | {"completion": None}, "`completion`"),
     "list": (GOOD | {"completion": ["2"]}, "`completion`"),
+    "doubled key": ('{"question": "a", "question": "b", "answer": "2", "completion": "2"}', "`question` twice"),
+    "doubled key, equal": ('{"question": "a", "answer": "2", "answer": "2", "completion": "2"}', "`answer` twice"),
+    "not UTF-8": (json.dumps(GOOD).encode().replace(b"sum", b"s\xfcm"), "UTF-8"),
 }
 
 
@@ -76,6 +83,147 @@ def test_grade_keeps_every_completion(tmp_path, echochamber):
     assert graded[COLUMNS[:3]].to_dict("records") == rows
     assert list(graded.outcome) == ["correct", "correct", "wrong", "error"] and list(graded.strict) == [True, False, True, False]
     assert "pass@2" in printed and "maj@2" in printed
+
+
+def test_grade_accepts_a_byte_order_mark(tmp_path, echochamber):
+    file = write_lines(tmp_path / "made.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), GOOD)
+    status, printed, _ = echochamber("grade", file, "--out", tmp_path / "graded.parquet")
+    assert status == 0 and pd.read_parquet(tmp_path / "graded.parquet")[COLUMNS[:3]].to_dict("records") == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize("undecided", [0, 1, 2])
+def test_grade_tells_what_could_not_be_decided(undecided, tmp_path, echochamber, monkeypatch):
+    monkeypatch.setattr(LatexProcess, "ask", lambda self, gold, answer: None if answer in ("x+1", "x+2")[:undecided] else False)
+    hard = [GOOD | {"answer": "x^2", "completion": rf"\boxed{{x+{number}}}"} for number in (1, 2, 3, 1)]
+    status, printed, complaint = echochamber("grade", write_lines(tmp_path / "made.jsonl", *hard))
+    assert (status, complaint) == (0, "") and ("could not be decided" in printed) == (undecided > 0)
+    if undecided:
+        line, = (line for line in printed.splitlines() if "could not be decided" in line)
+        assert line.startswith(f"{undecided} comparison") and "wrong" in line
+
+
+BAD_PLACES = {
+    "folder": ("there", "is a folder; give a file in it, such as --out there/graded.parquet"),
+    "suffix": ("graded.csv", "give --out graded.parquet"),
+    "no suffix": ("graded", "give --out graded.parquet"),
+    "below a file": ("made.jsonl/graded.parquet", "made.jsonl is not a folder"),
+}
+
+
+@pytest.mark.parametrize("command", ["grade made.jsonl", "evaluate --checkpoint model --benchmark mini-gsm"])
+@pytest.mark.parametrize(("place", "sentence"), BAD_PLACES.values(), ids=BAD_PLACES)
+def test_a_place_that_takes_no_table_is_refused_before_the_work(place, sentence, command, tmp_path, echochamber, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("echochamber.grading.answers.grade_frame", lambda *inputs: pytest.fail("graded first"))
+    monkeypatch.setattr(cli, "execute_one", lambda run: pytest.fail("evaluated first"))
+    write_lines(tmp_path / "made.jsonl", GOOD)
+    (tmp_path / "there").mkdir()
+    make_checkpoint(tmp_path / "model")
+    status, printed, complaint = echochamber(*command.split(), "--out", place)
+    assert (status, printed) == (1, "") and complaint.startswith(f"Error: {place}: ") and sentence in complaint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.jsonl", "model", "there"]
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path, echochamber, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: not mode & os.W_OK)
+    status, _, complaint = echochamber("grade", write_lines(tmp_path / "made.jsonl", GOOD), "--out", tmp_path / "graded.parquet")
+    assert status == 1 and "cannot be written" in complaint and "graded.parquet" in complaint
+
+
+def test_grade_makes_the_folder_of_its_table(tmp_path, echochamber):
+    out = tmp_path / "[new]" / "folder" / "graded.parquet"
+    status, printed, _ = echochamber("grade", write_lines(tmp_path / "made.jsonl", GOOD), "--out", out)
+    assert status == 0 and len(pd.read_parquet(out)) == 1 and str(out) in printed
+
+
+def make_checkpoint(folder: Path, *left_out: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in {"model.safetensors", "config.json", "tokenizer.json"} - {*left_out}:
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    "Runs that `evaluate` asked for; instead of being computed they get two completions."
+    asked = []
+
+    def execute_one(run):
+        asked.append(run)
+        run.folder.mkdir(parents=True)
+        frame = pd.DataFrame([GOOD | {"problem": 0, "sample": 0, "mode": "greedy", "format": "omi2", "extracted": "2", "outcome": "correct",
+                                      "strict": True, "tokens": 5, "ended": True, "step": -1}])
+        pd.concat([frame, frame.assign(problem=1)]).to_parquet(run.folder / "evaluation.parquet", index=False)
+    monkeypatch.setattr(cli, "execute_one", execute_one)
+    return asked
+
+
+EASY, HARD = (ProblemConfig(operations=(1, most)).model_dump(mode="json") for most in (1, 5))
+RUNS = {
+    "finetune": ({"model": "pretrain/x", "problems": EASY}, EASY),
+    "pretrain": ({"mixture": {"sources": [{"name": "a", "problems": EASY}, {"name": "b", "problems": HARD}]}}, EASY),
+    "first source without": ({"mixture": {"sources": [{"name": "a"}, {"name": "b", "problems": HARD}]}}, HARD),
+    "no problems": ({"mixture": {"sources": []}}, None),
+    "somebody else's": ([{"model_type": "olmo2"}], None),
+    "no config": (None, None),
+}
+
+
+@pytest.mark.parametrize("benchmark", ["mini-gsm", "mini-math"])
+@pytest.mark.parametrize(("config", "problems"), RUNS.values(), ids=RUNS)
+def test_evaluate_asks_what_the_model_was_trained_on(config, problems, benchmark, tmp_path, echochamber, executed):
+    make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
+    if config is not None:
+        (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    status, printed, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", benchmark)
+    assert (status, complaint) == (0, "") and executed[0].config.problems == ProblemConfig(**problems or {})
+    line, = (line for line in printed.splitlines() if line.startswith(benchmark))
+    assert ("of mine" in line) == (problems is not None) and ("default" in line) == (problems is None)
+    assert f"{1} to {ProblemConfig(**problems or {}).operations[1]} operations" in line
+
+
+def test_evaluate_asks_the_default_problems_of_a_lone_checkpoint(tmp_path, echochamber, executed):
+    (tmp_path / "config.json").write_text(json.dumps({"problems": EASY}))  # lies two folders up, but not as a run's does
+    status, printed, _ = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / "mine" / "last"), "--benchmark", "mini-gsm")
+    assert status == 0 and executed[0].config.problems == ProblemConfig() and "default" in printed
+
+
+def test_only_the_generator_has_problems(tmp_path, echochamber, executed):
+    make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"problems": EASY}))
+    data = write_lines(tmp_path / "test.jsonl", GOOD)
+    for benchmark in ("gsm8k", "mini-gsm"):
+        status, printed, _ = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", benchmark, "--data", data)
+        assert status == 0 and executed[-1].config.problems == ProblemConfig() and "problems" not in printed
+
+
+@pytest.mark.parametrize("content", ['{"problems": {"operations": [3, 1]}}', '{"problems": ', '{"problems": 3}'])
+def test_a_damaged_config_of_a_run_is_named(content, tmp_path, echochamber, executed):
+    make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
+    (tmp_path / "mine" / "config.json").write_text(content)
+    status, _, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", "mini-gsm")
+    assert status == 1 and "mine/config.json" in complaint and not executed
+
+
+def test_evaluate_copies_its_table(tmp_path, echochamber, executed):
+    out = tmp_path / "new" / "graded.parquet"
+    status, printed, _ = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / "model"), "--benchmark", "gsm8k", "--out", out)
+    assert status == 0 and "graded.parquet" in printed and "accuracy" in printed
+    pd.testing.assert_frame_equal(pd.read_parquet(out), pd.read_parquet(executed[0].folder / "evaluation.parquet"))
+    assert [path.name for path in out.parent.iterdir()] == ["graded.parquet"]
+
+
+@pytest.mark.parametrize("folder", ["my model", "-x", "модель"])
+def test_any_folder_name_can_be_evaluated(folder, tmp_path, echochamber, executed):
+    status, _, complaint = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / folder), "--benchmark", "gsm8k")
+    assert (status, complaint) == (0, "") and executed[0].config.model == str(tmp_path / folder)
+
+
+@pytest.mark.parametrize("left_out", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_half_a_checkpoint_is_refused(left_out, tmp_path, echochamber, executed):
+    folder = make_checkpoint(tmp_path / "model", left_out)
+    status, _, complaint = echochamber("evaluate", "--checkpoint", folder, "--benchmark", "gsm8k")
+    assert status == 1 and f"has no {left_out}" in complaint and not executed
 
 
 def test_uneven_groups_have_no_pass_at_k(tmp_path, echochamber):
