@@ -37,7 +37,7 @@ notebooks: $(READY)
 	@$(BIN)/nbdev_test --n_workers 1 --do_print --timing
 
 unit: $(READY)
-	@$(BIN)/python -m pytest --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
 
 lab: $(READY)
 	@$(BIN)/python -m ipykernel install --sys-prefix --name echochamber --display-name "Echo Chamber"

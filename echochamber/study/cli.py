@@ -86,9 +86,9 @@ SeedsOption = Annotated[int, typer.Option(min=1, help="RL seeds per condition")]
 
 
 def choose_figures(names: list[str] | None) -> list:
-    "The figures of these names; all of them for none or `all`."
+    "The figures of these names; the headline for none, everything for `all`."
     from echochamber.study.presets import FIGURES
-    names = list(FIGURES) if not names or "all" in names else names
+    names = list(FIGURES) if "all" in (names or ()) else names or [next(iter(FIGURES))]
     if unknown := [name for name in names if name not in FIGURES]:
         raise StudyError(f"unknown figure `{unknown[0]}`; choose from {', '.join(FIGURES)} or all")
     return [FIGURES[name] for name in names]
@@ -128,7 +128,7 @@ def study(seeds: SeedsOption = 1) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("figure", "claim", "preset", "runs done", "left (2 cores)", "verdict"):
         table.add_column(column)
-    for figure in choose_figures(None):
+    for figure in choose_figures(["all"]):
         for preset in PRESETS:
             runs, seconds = planned([figure], preset, seeds)
             table.add_row(figure.name, f"{figure.claim}: {figure.title}", preset, f"{sum(run.done for run in runs)}/{len(runs)}",
@@ -138,7 +138,7 @@ def study(seeds: SeedsOption = 1) -> None:
 # %% ../../nbs/study/06_cli.ipynb #b98b97d3
 @app.command()
 def reproduce(
-        figures: Annotated[list[str] | None, typer.Argument(help="names of figures, or all")] = None,
+        figures: Annotated[list[str] | None, typer.Argument(help="names of figures, or all; the headline figure if none")] = None,
         preset: PresetOption = "laptop", seeds: SeedsOption = 1,
         workers: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
         scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:port")] = None,

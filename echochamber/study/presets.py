@@ -114,6 +114,7 @@ class Preset(StrictConfig):
     round_samples: int = Field(gt=0, description="samples per question and round of Expert Iteration")
     supervised_batch: int = Field(gt=0, description="examples per step of supervised fine-tuning")
     supervised_rate: float = Field(gt=0, description="peak learning rate of supervised fine-tuning")
+    control_epochs: int = Field(gt=0, description="passes of the supervised control, for as many tokens as RL trains on")
     training_questions: int = Field(gt=0, description="prompts of an episode")
     max_new_tokens: int = Field(gt=0, description="longest completion [tokens]")
     snapshots: tuple[int, ...] = Field(description="RL steps that are evaluated")
@@ -136,7 +137,7 @@ PRESETS: dict[str, Preset] = {
         decoder=DECODERS["50k"].model_copy(update={"context": 128}), problems=ProblemConfig(operations=(1, 2), operands=(2, 9)),
         batch_size=8, pretraining_steps=40, pretraining_rate=6e-3, corpus_tokens=50_000,
         prompts=8, samples=4, train_batch=32, rl_steps=4, rl_rate=1e-3, temperature=1.0, training_questions=32, max_new_tokens=48,
-        critic_rate=3e-3, rounds=1, round_samples=8, supervised_batch=8, supervised_rate=1e-3,
+        critic_rate=3e-3, rounds=1, round_samples=8, supervised_batch=8, supervised_rate=1e-3, control_epochs=1,
         snapshots=(0, 2, 4), evaluation_questions=16, evaluation_samples=8,
         seconds={"pretrain": 15, "finetune": 15, "evaluate": 15, "figure": 10}),
     "laptop": Preset(
@@ -144,7 +145,7 @@ PRESETS: dict[str, Preset] = {
         problems=ProblemConfig(operations=(1, 3), operands=(2, 12), factors=(2, 6), largest_result=100),
         batch_size=16, pretraining_steps=2000, pretraining_rate=6e-3, corpus_tokens=4_000_000,
         prompts=32, samples=8, train_batch=128, rl_steps=120, rl_rate=3e-4, temperature=1.0, training_questions=1024,
-        critic_rate=1e-3, rounds=3, round_samples=5, supervised_batch=64, supervised_rate=6e-4,
+        critic_rate=1e-3, rounds=3, round_samples=5, supervised_batch=64, supervised_rate=6e-4, control_epochs=10,
         max_new_tokens=128, snapshots=(0, 4, 8, 16, 24, 40, 60, 90, 120), evaluation_questions=200, evaluation_samples=16,
         seconds={"pretrain": 210, "finetune": 90, "evaluate": 110, "figure": 12}),
 }
@@ -180,7 +181,7 @@ def algorithm(scale: Preset, name: str, seed: int = 0) -> PolicyConfig | Supervi
     if name == "ppo":
         return ppo_config(scale.rl_steps, critic=CriticConfig(learning_rate=scale.critic_rate), **sizes)
     if name == "sft":
-        return supervised
+        return supervised.model_copy(update={"epochs": scale.control_epochs})
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
     return ExpertIterationConfig(rounds=scale.rounds, samples=scale.round_samples, sampling=sampling, supervised=supervised, seed=seed)
 
