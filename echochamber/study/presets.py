@@ -185,7 +185,7 @@ def algorithm(scale: Preset, name: str, seed: int = 0) -> PolicyConfig | Supervi
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
     return ExpertIterationConfig(rounds=scale.rounds, samples=scale.round_samples, sampling=sampling, supervised=supervised, seed=seed)
 
-
+# %% ../../nbs/study/02_presets.ipynb #b56373fc
 def finetuning_run(scale: Preset, parent: Run, seed: int = 0, name: str = "grpo") -> Run:
     "An algorithm on a pretrained model; GRPO and PPO keep the preset's snapshots, Expert Iteration its rounds, the control its end."
     policy = algorithm(scale, name, seed)
@@ -214,7 +214,7 @@ class Figure:
     runs: Callable[[str, int], list[Run]]  # (preset, seeds) -> runs, parents first
     labels: Callable[[Run], dict]  # columns that an evaluation's rows carry in the results
 
-
+# %% ../../nbs/study/02_presets.ipynb #c45f8703
 def comparison_runs(preset: str, seeds: int, algorithms: tuple[str, ...]) -> list[Run]:
     "One pretrained model, `seeds` runs of each algorithm on it, and their evaluations."
     scale = find_preset(preset)
@@ -236,7 +236,7 @@ def labels(evaluation: Run) -> dict:
         sampled = policy.rounds * config.questions * policy.samples
     return {"algorithm": policy.algorithm, "seed": policy.seed, "length": config.length, "sampled": sampled}
 
-
+# %% ../../nbs/study/02_presets.ipynb #9bc89ea2
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in (
     Figure("convergence", "C1", "RL moves the outputs of a model with three formats to one of them",
            lambda preset, seeds: comparison_runs(preset, seeds, ("grpo",)), labels),
