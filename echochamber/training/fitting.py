@@ -72,7 +72,7 @@ class History(L.Callback):
         self.path, self.rows = path, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        if trainer.callback_metrics and (not self.rows or self.rows[-1]["step"] < trainer.global_step):
+        if trainer.global_step > (self.rows[-1]["step"] if self.rows else 0):
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.rows.append({"step": trainer.global_step, **metrics})
 
@@ -82,9 +82,10 @@ class History(L.Callback):
     def load_state_dict(self, state: dict):
         self.rows = state["rows"]
 
-    def on_train_end(self, trainer, module):
+    def on_fit_end(self, trainer, module):  # also after a resume point of the last step, unlike `on_train_end`
         if trainer.is_global_zero:
             write_frame(self.path, pd.DataFrame(self.rows))  # one row per optimiser step, one column per metric
+        trainer.strategy.barrier()  # every process reads it
 
 # %% ../../nbs/training/00_fitting.ipynb #cbc17314
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -108,6 +109,9 @@ class ResumePoint(L.Callback):
     def __init__(self, path: Path, every: int):
         self.path, self.every = path, every
         self.saved_step = 0
+
+    def on_train_start(self, trainer, module):
+        self.saved_step = trainer.global_step  # else the next micro-batch would save it again, amid its accumulation
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
@@ -227,7 +231,7 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
     rows = pd.read_parquet(history)
-    if (reached := int(rows.step.max())) < config.steps:
+    if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
         raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "
                          "the data ran out, ask for more tokens or fewer steps")
     return rows

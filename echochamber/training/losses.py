@@ -145,7 +145,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
     error = torch.where(live, values - returns, 0.).square()
     worst = error
     if clip is not None:
-        near = old_values + (values - old_values).clamp(-clip, clip)
+        near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)  # exactly `values` if within
         worst = torch.maximum(error, torch.where(live, near - returns, 0.).square())
     statistics = sum_statistics({"value_error_squared": error.detach(), "value_clip": worst > error}, live)
     return (weights * worst / 2).sum(), statistics

@@ -273,6 +273,9 @@ class MeasuredTraining(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         for name, network in self.networks.items():
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.optimiser.clip_norm)
+            if not torch.isfinite(norm):
+                raise StudyError(f"the gradient of the {name} is {norm.item()} after step {self.global_step}; lower the learning "
+                                 "rate, the metrics up to here show what grew")
             self.log("gradient_norm" if name == "policy" else f"gradient_norm_{name}", norm)
 
     def optimizer_step(self, epoch, batch_index, optimizer, closure):
