@@ -107,7 +107,7 @@ class ExampleData(L.LightningDataModule):
     def train_dataloader(self):
         return ExampleLoader(self)
 
-
+# %% ../../nbs/training/10_supervised.ipynb #53be0409
 class ExampleLoader:
     "Sized iterable of micro-batches; starts where the trainer stands and has no state of its own."
 
