@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed_language import (
     LIVE,
+    STATE,
     gradient,
     probabilities,
     random_rewards,
@@ -18,6 +19,7 @@ from listed_language import (
 
 from echochamber.core import StudyError
 from echochamber.training.advantages import penalised_rewards, rewards_to_go
+from echochamber.training.critic import CriticConfig, critic_advantages
 from echochamber.training.losses import (
     LossConfig,
     clipped_objective,
@@ -173,6 +175,23 @@ def test_kl_settings_have_the_gradients_their_names_say(seed, beta):
         found[kl] = expected_gradient(table, reference, rewards, config)
         close(found[kl], gradient(beta * penalty - probabilities(table) @ rewards, table))
     assert min((found[a] - found[b]).abs().max() for a in found for b in found if a < b) > 1e-4 * beta
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("white", [False, True])
+def test_ppo_on_policy_climbs_the_reward_minus_the_divergence(seed, white):
+    "With any critic at λ = 1, through the whole of PPO; whitening takes away a constant, which has no gradient, and divides by one."
+    table, reference, rewards = random_table(seed), random_table(seed + 100).detach(), random_rewards(seed)
+    values = random_table(seed + 200)[:, 0].detach()[STATE]
+    log_probs, frozen = token_log_probs(table), token_log_probs(reference)
+    per_token = penalised_rewards(rewards, (log_probs - frozen).detach(), LIVE, beta=0.3)
+    plain, used = (critic_advantages(per_token, values, LIVE, CriticConfig(lam=1., whiten=whiten))["advantages"]
+                   for whiten in (False, white))
+    weights = probabilities(table).detach()[:, None] * LIVE
+    loss, _ = policy_loss(log_probs, log_probs.detach(), frozen, used, weights, LossConfig(kl="k1_in_reward", kl_coefficient=0.3))
+    scale = plain[LIVE].std(correction=0) if white else 1.
+    divergence = probabilities(table) @ (probabilities(table) / probabilities(reference)).log()
+    close(scale * gradient(loss, table), gradient(0.3 * divergence - probabilities(table) @ rewards, table))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,80 +1,120 @@
-"2k steps = k steps + SIGKILL + resume, bit by bit, for pretraining and for GRPO."
+"2k steps = k steps + SIGKILL + resume, bit by bit, for pretraining and for every loop of fine-tuning."
 import os
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-PRETRAIN = """
-import sys, torch
-from pathlib import Path
 from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
 from echochamber.data.tokens import PackedData, pack_corpus, train_tokenizer
 from echochamber.models.decoder import Decoder, DecoderConfig
-from echochamber.training.fitting import FitConfig, OptimiserConfig
-from echochamber.training.pretraining import pretrain
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-texts = build_corpus(MixtureConfig(sources=tuple(MINI_SOURCES.values()), tokens=20_000))["train"]["text"]
-data = PackedData(pack_corpus(texts, train_tokenizer(texts, 400), 32), batch_size=8)
-model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
-fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
-history = pretrain(model, data, fit, Path(sys.argv[1]), report=SLOW)
-"""
-GRPO = """
-import sys, torch
-from pathlib import Path
+from echochamber.models.generation import SamplingConfig
+from echochamber.training.critic import CriticConfig
+from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
+from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
 from echochamber.training.grpo import grpo_config
 from echochamber.training.policy import train_policy
+from echochamber.training.ppo import ppo_config
+from echochamber.training.pretraining import pretrain
 from echochamber.training.rollouts import toy_task
+from echochamber.training.supervised import SupervisedConfig
 
 torch.set_num_threads(1)
-model, tokenizer, questions, grader = toy_task()
-config = grpo_config(40, prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_tokens=2, temperature=1.0, learning_rate=1e-2,
-                     precision="32-true", checkpoint_every=7, kl_coefficient=0.01)
-history = train_policy(model, tokenizer, questions, grader, config, Path(sys.argv[1]), report=SLOW)
-"""
-SAVE = """
-torch.save(model.state_dict(), Path(sys.argv[1]) / "weights.pt")
-history.to_parquet(Path(sys.argv[1]) / "history.parquet")
-"""
-REPORT = """
-import sys, time
-from pathlib import Path
-def SLOW(done, total, message):
-    (Path(sys.argv[1]) / "done").write_text(str(done))
-    if len(sys.argv) > 2:
-        time.sleep(0.1)
-"""
+Report = Callable[[int, int, str], None]
+Trained = tuple[Decoder, pd.DataFrame]
+SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_tokens=2, temperature=1.0, learning_rate=1e-2,
+             precision="32-true", checkpoint_every=7, kl_coefficient=0.01)  # two steps per rollout batch
 
 
-def start(script: str, folder: Path, *options: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", REPORT + script + SAVE, str(folder), *options], env=environment)
+def pretraining(folder: Path, report: Report) -> Trained:
+    torch.manual_seed(0)
+    texts = build_corpus(MixtureConfig(sources=tuple(MINI_SOURCES.values()), tokens=20_000))["train"]["text"]
+    data = PackedData(pack_corpus(texts, train_tokenizer(texts, 400), 32), batch_size=8)
+    model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
+    fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
+    return model, pretrain(model, data, fit, folder, report=report)
 
 
-@pytest.mark.parametrize(("script", "kill_at"), [(PRETRAIN, 18), (GRPO, 17)], ids=["pretraining", "grpo"])
-def test_killed_and_resumed_equals_uninterrupted(script, kill_at, tmp_path):
-    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
-    straight.mkdir(), interrupted.mkdir()
-    uninterrupted, victim = start(script, straight), start(script, interrupted, "slowly")
-    marker, deadline = interrupted / "done", time.time() + 60
-    while not (marker.exists() and int(marker.read_text() or 0) >= kill_at):
-        assert victim.poll() is None and time.time() < deadline
+def grpo(folder: Path, report: Report) -> Trained:
+    model, *task = toy_task()
+    return model, train_policy(model, *task, grpo_config(30, **SIZES), folder, report=report)
+
+
+def ppo(folder: Path, report: Report) -> Trained:
+    model, *task = toy_task()
+    config = ppo_config(24, critic=CriticConfig(learning_rate=1e-2), **SIZES)
+    return model, train_policy(model, *task, config, folder, report=report)
+
+
+def expert_iteration(folder: Path, report: Report) -> Trained:
+    "Reports 100 per round: the first half of it is sampling; 101, 201 and 301 lie between rounds."
+    model, *task = toy_task()
+    supervised = SupervisedConfig(epochs=16, batch=10, micro_batch=5, learning_rate=1e-2, precision="32-true", checkpoint_every=2)
+    config = ExpertIterationConfig(rounds=3, samples=32, sampling=SamplingConfig(max_new_tokens=3), supervised=supervised, prompts=3)
+    between = Snapshots(range(4), lambda round: report(100 * round + 1, 300, "between rounds"))
+    return model, train_expert_iteration(model, *task, config, folder, between, report)
+
+
+def work(train: Callable[[Path, Report], Trained], folder: Path, fatal: float = float("inf")) -> None:
+    "Train and save; once `fatal` is done, wait for the end."
+    def report(done: int, total: int, message: str) -> None:
+        if done >= fatal:
+            (folder / "waits").touch()
+            time.sleep(600)
+
+    torch.set_num_threads(1)
+    model, history = train(folder, report)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    history.to_parquet(folder / "history.parquet")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    "Starts processes that have nothing from this one, and need not import everything again."
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "echochamber.data.corpora", "echochamber.training.pretraining",
+                                    "echochamber.training.expert_iteration", "echochamber.training.ppo"])
+    return context
+
+
+def run(processes, *arguments) -> int | None:
+    "Exit code of `work` in a process of its own, or None if it waited to be killed, and was."
+    folder, deadline = arguments[1], time.time() + 300
+    process = processes.Process(target=work, args=arguments, daemon=True)
+    process.start()
+    while process.is_alive() and not (folder / "waits").exists() and time.time() < deadline:
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (interrupted / "weights.pt").exists() and (interrupted / "resume.ckpt").exists()
-    assert start(script, interrupted).wait() == 0 and uninterrupted.wait() == 0
+    if process.is_alive():
+        process.kill()
+        process.join()
+        (folder / "waits").unlink()
+        return None
+    return process.exitcode
 
-    expected, resumed = (torch.load(folder / "weights.pt") for folder in (straight, interrupted))
+
+@pytest.mark.parametrize(("train", "kills"), [
+    (pretraining, [18]),
+    (grpo, [24]),
+    (ppo, [10, 17]),  # continues from step 7, inside a rollout batch, and from step 14, between two
+    (expert_iteration, [125, 175, 200, 201]),  # sampling round 2, amid and after the last step of its fine-tuning, before round 3
+], ids=["pretraining", "grpo", "ppo", "expert iteration"])
+def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir(), killed.mkdir()
+    for fatal in kills:
+        assert run(processes, train, killed, fatal) is None
+        assert not (killed / "weights.pt").exists() and list(killed.rglob("resume.ckpt"))
+    assert run(processes, train, killed) == 0
+    work(train, straight)
+
+    expected, resumed = (torch.load(folder / "weights.pt") for folder in (straight, killed))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    histories = [pd.read_parquet(folder / "history.parquet") for folder in (straight, interrupted)]
-    timeless = [c for c in histories[0] if not c.startswith("seconds") and c != "tokens_per_second"]
+    histories = [pd.read_parquet(folder / "history.parquet") for folder in (straight, killed)]
+    assert histories[0].step.tolist() == list(range(1, len(histories[0]) + 1))
+    timeless = [column for column in histories[0] if "second" not in column]
     pd.testing.assert_frame_equal(histories[0][timeless], histories[1][timeless], check_exact=True)
