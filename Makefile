@@ -34,7 +34,7 @@ sync: $(READY)
 	@$(BIN)/python -m pytest tests/test_sync.py
 
 notebooks: $(READY)
-	@$(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
 
 unit: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10

@@ -22,7 +22,7 @@ from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
 from .diagnostics import rollout_statistics
-from .fitting import Snapshots, gather, process_count, process_rank
+from .fitting import Snapshots, gather, process_count, process_device, process_rank, resolve_precision
 from .rollouts import GradesCompletions, Rollouts, join_rollouts, rollouts_frame, row_seeds, sample_and_grade
 from .supervised import Example, SupervisedConfig, train_supervised
 
@@ -60,8 +60,10 @@ class Task:
 def sample_piece(policy: Decoder, task: Task, config: ExpertIterationConfig, round: int, piece: int, file: Path) -> None:
     "Sample and grade piece `piece` of a round, and write what was kept and what it looked like."
     chosen = list(range(piece * config.prompts, min((piece + 1) * config.prompts, len(task.questions))))
-    rollouts = sample_and_grade(policy, task.tokenizer, [task.questions[index] for index in chosen], config.samples, config.sampling,
-                                task.grader, row_seeds(config.seed, round, chosen))
+    policy, half = policy.to(device := process_device()), resolve_precision(config.supervised.precision) == "bf16-mixed"
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        rollouts = sample_and_grade(policy, task.tokenizer, [task.questions[index] for index in chosen], config.samples,
+                                    config.sampling, task.grader, row_seeds(config.seed, round, chosen))
     kept = [(example.prompt, example.completion) for example in keep_correct(rollouts)]
     write_frame(file.parents[2] / "samples" / f"round-{round:02d}-{piece:04d}.parquet",
                 rollouts_frame(rollouts, rollout=round).head(config.samples))  # for people to read

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'History', 'AtomicCheckpointIO', 'ResumePoint',
-           'process_count', 'process_rank', 'gather', 'Snapshots', 'logarithmic_steps', 'Report', 'FitConfig',
-           'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
+           'process_count', 'process_rank', 'process_device', 'gather', 'Snapshots', 'logarithmic_steps', 'Report',
+           'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
 
 # %% ../../nbs/training/00_fitting.ipynb #16a2477d
 import logging
@@ -128,6 +128,11 @@ def process_count() -> int:
 def process_rank() -> int:
     "Number of this process among them, from 0."
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def process_device() -> torch.device:
+    "Where this process computes: its GPU if there is one."
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def gather(value) -> list:

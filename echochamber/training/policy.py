@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'RolloutConfig', 'PolicyConfig', 'policy_config', 'judge', 'estimate_advantages', 'join_shares',
-           'finish_experience', 'split_experience', 'cut', 'RolloutData', 'RolloutLoader', 'MeasuredTraining',
-           'WeightedTraining', 'PolicyTraining', 'train_policy']
+           'finish_experience', 'split_experience', 'row_ends', 'cut', 'RolloutData', 'RolloutLoader',
+           'MeasuredTraining', 'WeightedTraining', 'PolicyTraining', 'train_policy']
 
 # %% ../../nbs/training/07_policy.ipynb #79014393
 import time
@@ -191,19 +191,25 @@ def finish_experience(rollouts: Rollouts, experience: dict[str, torch.Tensor], c
 def split_experience(experience: dict[str, torch.Tensor], config: PolicyConfig, rollout: int, rank: int = 0) -> list[dict[str, torch.Tensor]]:
     "Micro-batches of one process in the order of training, each trimmed to its longest row, weighted as parts of their step."
     sizes, rows, micro_batches = config.rollouts, len(experience["tokens"]), []
-    generator = np.random.default_rng((sizes.seed, rollout))
+    generator, ends = np.random.default_rng((sizes.seed, rollout)), row_ends(experience["mask"])
     for _ in range(sizes.passes):
         for step in torch.from_numpy(generator.permutation(rows)).split(sizes.train_batch):
+            step = step[ends[step].argsort(stable=True)]
             mask = live_tokens(experience["mask"][step], experience["ended"][step], config.loss)  # [N, T-1]
             weighted = {name: tensor[step] for name, tensor in experience.items()} | {"weights": loss_weights(mask, config.loss)}
             micro_batches += cut(weighted, sizes.micro_batch)[rank :: config.fit.processes]
     return micro_batches
 
 
+def row_ends(mask: torch.Tensor) -> torch.Tensor:
+    "Place after the last live token of each row of `mask` [N, T] → [N]; 0 without one."
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(-1)
+
+
 def cut(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
     "Consecutive pieces of `size` rows, each without the columns that are padding in every row of it."
     pieces = [dict(zip(batch, part, strict=True)) for part in zip(*(tensor.split(size) for tensor in batch.values()), strict=True)]
-    widths = [int(piece["mask"].any(0).nonzero().max()) + 1 for piece in pieces]
+    widths = [int(row_ends(piece["mask"]).max()) for piece in pieces]
     return [{name: tensor if tensor.dim() == 1 else tensor[:, : width + (name == "tokens")] for name, tensor in piece.items()}
             for piece, width in zip(pieces, widths, strict=True)]
 
@@ -226,10 +232,11 @@ class RolloutData(L.LightningDataModule):
         "This process's share of rollout batch `rollout`, graded and judged, in the precision of the trainer."
         config = self.config.rollouts
         indices = prompt_order(rollout, config.prompts, len(self.questions), config.seed)
-        mine = [int(index) for index in np.array_split(indices, process_count())[process_rank()]]
+        seeds = row_seeds(config.seed, rollout, indices)
+        mine = np.array_split(np.arange(config.prompts), process_count())[process_rank()]  # consecutive places in the batch
         with self.trainer.precision_plugin.forward_context() if self.trainer else nullcontext():
-            rollouts = sample_and_grade(self.policy, self.tokenizer, [self.questions[i] for i in mine], config.samples,
-                                        config.sampling, self.grader, seeds=row_seeds(config.seed, rollout, mine))
+            rollouts = sample_and_grade(self.policy, self.tokenizer, [self.questions[indices[i]] for i in mine], config.samples,
+                                        config.sampling, self.grader, seeds=[seeds[i] for i in mine])
             started = time.perf_counter()
             experience = judge(rollouts, config, self.reference, self.critic)
         rollouts.seconds["judge"] = time.perf_counter() - started
@@ -339,7 +346,8 @@ class PolicyTraining(WeightedTraining):
 
     def minimise(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         config, tokens = self.algorithm, batch["tokens"]  # [N, T]
-        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], tokens, config.rollouts.sampling.temperature)  # [N, T-1]
+        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], tokens, batch["weights"] > 0,
+                                                   config.rollouts.sampling.temperature)  # [N, T-1]
         loss, statistics = policy_loss(log_probs, batch["behaviour_log_probs"], batch.get("reference_log_probs"),
                                        batch["advantages"], batch["weights"], config.loss, entropy)
         if config.critic is None:

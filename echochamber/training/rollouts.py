@@ -8,6 +8,7 @@ __all__ = ['GradesCompletions', 'Rollouts', 'sample_and_grade', 'rollouts_frame'
 
 # %% ../../nbs/training/04_rollouts.ipynb #a729f57b
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -121,13 +122,18 @@ def align_rollouts(rollouts: Rollouts) -> dict[str, torch.Tensor]:
     return aligned | {"behaviour_log_probs": log_probs, "ended": completions.ended}
 
 # %% ../../nbs/training/04_rollouts.ipynb #6c756b0e
-def log_probs_and_entropy(decoder: Decoder, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    "Log-prob of every next token and entropy of every prediction [nats]; both `[N, T-1]`, fp32. Entropy has no gradient."
-    logits = decoder(tokens[:, :-1]).float() / temperature  # [N, T-1, V]
-    log_probs = logits.log_softmax(-1)  # [N, T-1, V]
+def log_probs_and_entropy(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor,
+                          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of the next token and entropy of its prediction [nats] where `mask` holds, else 0; both `[N, T-1]`, fp32.
+
+    The vocabulary is only met at the M positions that count. Entropy has no gradient."""
+    hidden = decoder.hidden(tokens[:, :-1])  # [N, T-1, D]
+    log_probs = (decoder.logits(hidden[mask]).float() / temperature).log_softmax(-1)  # [M, V]
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)  # [N, T-1]
-    return log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1), entropy  # [N, T-1]
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # [M]
+    written = log_probs.gather(-1, tokens[:, 1:][mask][:, None]).squeeze(-1)  # [M]
+    nothing = torch.zeros(mask.shape, device=tokens.device)  # [N, T-1]
+    return nothing.masked_scatter(mask, written), nothing.masked_scatter(mask, entropy)
 
 # %% ../../nbs/training/04_rollouts.ipynb #c058dbd3
 def prompt_order(rollout: int, prompts: int, questions: int, seed: int) -> list[int]:
@@ -138,9 +144,13 @@ def prompt_order(rollout: int, prompts: int, questions: int, seed: int) -> list[
 
 # %% ../../nbs/training/04_rollouts.ipynb #2fa0cdc5
 def row_seeds(seed: int, rollout: int, questions: Sequence[int]) -> list[int]:
-    "One seed per question: a function of the run, the rollout batch and the question, not of the rank or the batch."
-    return [int(np.random.SeedSequence((seed, rollout, question)).generate_state(1, np.uint64)[0] >> 1)
-            for question in questions]
+    "One seed per question of rollout batch `rollout`; a question that occurs again (at an episode's border) gets another."
+    seen: Counter[int] = Counter()
+    words = []
+    for question in questions:
+        words.append((seed, rollout, question, *([seen[question]] if seen[question] else ())))
+        seen[question] += 1
+    return [int(np.random.SeedSequence(each).generate_state(1, np.uint64)[0] >> 1) for each in words]
 
 # %% ../../nbs/training/04_rollouts.ipynb #caa9f5a2
 def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -99,7 +99,7 @@ class ExampleData(L.LightningDataModule):
         "The micro-batches of this process for an optimiser step, weighted as parts of the whole."
         config, rank = self.config, process_rank()
         chosen = rows_at(step * config.batch, (step + 1) * config.batch, len(self.examples), config.seed)
-        examples = [self.examples[index] for index in chosen]
+        examples = sorted((self.examples[index] for index in chosen), key=lambda example: len(example.prompt + example.completion))
         batch = align([example.prompt for example in examples], [example.completion for example in examples])
         weighted = batch | {"weights": loss_weights(batch["mask"], LossConfig(normaliser="token"))}
         return cut(weighted, config.micro_batch)[rank :: config.processes]
@@ -132,9 +132,9 @@ class SupervisedTraining(WeightedTraining):
     "Likelihood of given completions."
 
     def minimise(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], batch["tokens"], temperature=1.0)  # [N, T-1]
+        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], batch["tokens"], batch["mask"], temperature=1.0)  # [N, T-1]
         loss, statistics = sft_loss(log_probs, batch["weights"])
-        return {"likelihood_loss": loss}, statistics | {"entropy": torch.where(batch["mask"], entropy, 0.0).sum()}
+        return {"likelihood_loss": loss}, statistics | {"entropy": entropy.sum()}
 
 
 def train_supervised(policy: Decoder, examples: Sequence[Example], config: SupervisedConfig, folder: Path, callbacks=(),
