@@ -23,29 +23,33 @@ def outputs(tmp_path_factory):
 
 def reproduce(folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"ECHOCHAMBER_OUTPUTS": str(folder)}
-    finished = subprocess.run([COMMAND, "reproduce", "all", "--preset", "smoke"], env=environment, cwd=project_root(),
+    finished = subprocess.run([COMMAND, "reproduce", "all", "--preset", "smoke", "--workers", "2"], env=environment, cwd=project_root(),
                               capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return finished
 
 
 def test_every_artefact_is_there(outputs):
-    verdict = json.loads((outputs / "results/smoke/convergence.json").read_text())
-    assert verdict["claim"] == "C1" and verdict["line"]
-    for suffix in ("png", "pdf", "ipynb"):
-        assert (outputs / f"figures/smoke/convergence.{suffix}").stat().st_size > 1000
-    for stage in ("pretrain", "finetune", "evaluate"):
-        run, = (outputs / "runs" / stage).iterdir()
-        assert {"DONE", "config.json", "provenance.json", f"{stage}.ipynb"} <= {path.name for path in run.iterdir()}
+    for name, claim in (("convergence", "C1"), ("algorithms", "C6")):
+        verdict = json.loads((outputs / f"results/smoke/{name}.json").read_text())
+        assert verdict["claim"] == claim and verdict["line"]
+        for part in ("", "_training", "_runs"):
+            assert len(pd.read_parquet(outputs / f"results/smoke/{name}{part}.parquet"))
+        for suffix in ("png", "pdf", "ipynb"):
+            assert (outputs / f"figures/smoke/{name}.{suffix}").stat().st_size > 1000
+    for stage, runs in {"pretrain": 1, "finetune": 4, "evaluate": 4}.items():
+        folders = list((outputs / "runs" / stage).iterdir())
+        assert len(folders) == runs
+        for run in folders:
+            assert {"DONE", "config.json", "provenance.json", f"{stage}.ipynb"} <= {path.name for path in run.iterdir()}
 
 
 def test_evaluation_keeps_every_completion(outputs):
-    run, = (outputs / "runs/evaluate").iterdir()
-    evaluation, config = pd.read_parquet(run / "evaluation.parquet"), json.loads((run / "config.json").read_text())
-    per_question = config["samples"] + 1
-    assert len(evaluation) == len(config["steps"]) * config["questions"] * per_question
-    assert evaluation.completion.notna().all() and set(evaluation.outcome) <= {
-        "correct", "wrong", "no_answer", "error", "timeout", "unsupported"}
+    for run in (outputs / "runs/evaluate").iterdir():
+        evaluation, config = pd.read_parquet(run / "evaluation.parquet"), json.loads((run / "config.json").read_text())
+        assert len(evaluation) == len(config["steps"]) * config["questions"] * (config["samples"] + 1)
+        assert evaluation.completion.notna().all() and set(evaluation.outcome) <= {
+            "correct", "wrong", "no_answer", "error", "timeout", "unsupported"}
 
 
 def test_second_time_computes_nothing(outputs):
@@ -53,6 +57,7 @@ def test_second_time_computes_nothing(outputs):
     started = time.time()
     finished = reproduce(outputs)
     assert time.time() - started < 30
-    assert json.loads((outputs / "results/smoke/convergence.json").read_text())["line"] in " ".join(finished.stdout.split())
+    for name in ("convergence", "algorithms"):
+        assert json.loads((outputs / f"results/smoke/{name}.json").read_text())["line"] in " ".join(finished.stdout.split())
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
