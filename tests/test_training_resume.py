@@ -1,7 +1,10 @@
 "2k steps = k steps + SIGKILL + resume, bit by bit, for pretraining and for every loop of fine-tuning."
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,13 +33,16 @@ SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_toke
              precision="32-true", checkpoint_every=7, kl_coefficient=0.01)  # two steps per rollout batch
 
 
-def pretraining(folder: Path, report: Report) -> Trained:
+def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained:
     torch.manual_seed(0)
     texts = build_corpus(MixtureConfig(sources=tuple(MINI_SOURCES.values()), tokens=20_000))["train"]["text"]
     data = PackedData(pack_corpus(texts, train_tokenizer(texts, 400), 32), batch_size=8)
     model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
     fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
-    return model, pretrain(model, data, fit, folder, report=report)
+    return model, pretrain(model, data, fit, folder, report=report, compiled=compiled)
+
+
+compiled_pretraining = partial(pretraining, compiled=True)
 
 
 def grpo(folder: Path, report: Report) -> Trained:
@@ -99,10 +105,11 @@ def run(processes, *arguments) -> int | None:
 
 @pytest.mark.parametrize(("train", "kills"), [
     (pretraining, [18]),
+    (compiled_pretraining, [18]),
     (grpo, [24]),
     (ppo, [10, 17]),  # continues from step 7, inside a rollout batch, and from step 14, between two
     (expert_iteration, [125, 175, 200, 201]),  # sampling round 2, amid and after the last step of its fine-tuning, before round 3
-], ids=["pretraining", "grpo", "ppo", "expert iteration"])
+], ids=["pretraining", "compiled pretraining", "grpo", "ppo", "expert iteration"])
 def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
@@ -118,3 +125,24 @@ def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_pa
     assert histories[0].step.tolist() == list(range(1, len(histories[0]) + 1))
     timeless = [column for column in histories[0] if "second" not in column]
     pd.testing.assert_frame_equal(histories[0][timeless], histories[1][timeless], check_exact=True)
+
+
+def test_compiled_pretraining_learns_the_same(tmp_path):
+    (_, plain), (_, fused) = (train(tmp_path / name, lambda *_: None) for name, train in dict(
+        plain=pretraining, fused=compiled_pretraining).items())
+    assert (plain.loss - fused.loss).abs().max() < 1e-3 and plain.loss.iloc[-1] < plain.loss.iloc[0] - 1
+
+
+NO_COMPILER = """
+import tempfile
+from pathlib import Path
+from test_training_resume import compiled_pretraining
+compiled_pretraining(Path(tempfile.mkdtemp()), lambda *_: None)
+"""
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    environment = dict(os.environ, PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "kernels"), OMP_NUM_THREADS="1")
+    process = subprocess.run([sys.executable, "-c", NO_COMPILER], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert process.returncode != 0 and "StudyError" in process.stderr
+    assert "C++ compiler" in process.stderr.splitlines()[-1] and "`compiled`" in process.stderr.splitlines()[-1]

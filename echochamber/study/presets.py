@@ -36,6 +36,7 @@ class PretrainConfig(StrictConfig):
     decoder: DecoderConfig = Field(description="shape of the model; its context is the length of packed rows")
     batch_size: int = Field(16, gt=0, description="rows per optimiser step")
     fit: FitConfig
+    compiled: bool = Field(False, description="fuse the work of a step: pays for a long run, needs a C++ compiler on processors")
     seed: int = Field(0, ge=0, description="seed of the weights and of the order of rows")
 
 # %% ../../nbs/study/02_presets.ipynb #8a7cfd2f

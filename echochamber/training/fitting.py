@@ -181,12 +181,14 @@ class Report(L.Callback):
     "Tells `report(done, total, message)` after every optimiser step; `metric` names what the message shows."
 
     def __init__(self, report: Callable[[int, int, str], None], metric: str):
-        self.report, self.metric = report, metric
+        self.report, self.metric, self.told = report, metric, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        if trainer.global_step == self.told or not trainer.is_global_zero:
+            return  # amid an accumulation, or not the process that speaks
+        self.told = trainer.global_step
         value = trainer.callback_metrics.get(self.metric)
-        message = f"{self.metric} {float(value):.3f}" if value is not None else ""
-        self.report(trainer.global_step, trainer.max_steps, message)
+        self.report(self.told, trainer.max_steps, f"{self.metric} {float(value):.3f}" if value is not None else "")
 
 # %% ../../nbs/training/00_fitting.ipynb #d87124fc
 class FitConfig(StrictConfig):

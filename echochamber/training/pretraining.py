@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core import StudyError
 from ..data.tokens import PackedData
 from ..models.decoder import Decoder
-from .fitting import FitConfig, fit, make_optimiser
+from .fitting import FitConfig, fit, make_optimiser, process_count
 
 # %% ../../nbs/training/01_pretraining.ipynb #06e3ae90
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -27,28 +28,44 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 # %% ../../nbs/training/01_pretraining.ipynb #80eae792
 class Pretraining(L.LightningModule):
-    "Next-token prediction over packed rows `[B, T+1]`."
+    "Next-token prediction over packed rows `[B, T+1]`; `compiled`: fuse the work of a step."
 
-    def __init__(self, decoder: Decoder, config: FitConfig):
+    def __init__(self, decoder: Decoder, config: FitConfig, compiled: bool = False):
         super().__init__()
         self.decoder, self.config = decoder, config
-        self.clock = time.perf_counter()
+        self.loss = torch.compile(self.row_loss, dynamic=False) if compiled else self.row_loss
+        self.losses, self.tokens, self.clock = [], 0, time.perf_counter()
+
+    def row_loss(self, rows: torch.Tensor) -> torch.Tensor:
+        "Mean loss [nats per token] of `rows [B, T+1]`."
+        return next_token_loss(self.decoder(rows[:, :-1]), rows[:, 1:])
 
     def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
-        loss = next_token_loss(self.decoder(rows[:, :-1]), rows[:, 1:])
-        now, self.clock = time.perf_counter(), self.clock
-        self.log_dict({"loss": loss, "tokens_per_second": rows[:, 1:].numel() / (now - self.clock)})
-        self.clock = now
+        loss = self.loss(rows)
+        self.losses.append(loss.detach())
+        self.tokens += rows[:, 1:].numel()
         return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        now, before = time.perf_counter(), self.clock
+        self.log("loss", torch.stack(self.losses).mean(), sync_dist=True)  # micro-batches are of one size
+        self.log("tokens_per_second", process_count() * self.tokens / (now - before))
+        self.losses, self.tokens, self.clock = [], 0, now
 
     def configure_optimizers(self):
         return make_optimiser(self.decoder.parameters(), self.config.optimiser)
 
 # %% ../../nbs/training/01_pretraining.ipynb #48f601e2
-def pretrain(decoder: Decoder, data: PackedData, config: FitConfig, folder: Path,
-             callbacks=(), report: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
-    "Pretrain `decoder` in place, resuming from `folder` if it holds a resume point; returns the history."
-    return fit(Pretraining(decoder, config), data, config, folder, callbacks, report)
+def pretrain(decoder: Decoder, data: PackedData, config: FitConfig, folder: Path, callbacks=(),
+             report: Callable[[int, int, str], None] | None = None, compiled: bool = False) -> pd.DataFrame:
+    """Pretrain `decoder` in place, resuming from `folder` if it holds a resume point; returns the history.
+
+    Raises `StudyError` where `compiled` asks for a compiler that the machine does not have."""
+    try:
+        return fit(Pretraining(decoder, config, compiled), data, config, folder, callbacks, report)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise StudyError(f"PyTorch could not compile the model ({str(error).splitlines()[0]}); "
+                         "install a C++ compiler (g++), or set `compiled` to false") from error
 
 # %% ../../nbs/training/01_pretraining.ipynb #c6531ea5
 @torch.no_grad()
