@@ -70,7 +70,7 @@ def test_hostile_text_has_a_format_within_two_seconds(text):
 
 
 @pytest.mark.parametrize("unit", ["#### 1 ", "\\boxed{", "}{", "the answer is ", "<llm-code>\n", "\n<llm-code", "'\"", "\\\"",
-                                  "def f():\n", "    x = 1\n", "'''", "# ", "\\", "1,", "$", " \n"])
+                                  "def f():\n", "    x = 1\n", "'''", "# ", "\\", "1,", "$", " \n", "#\n", "import a\n", "def f(\n", "```\n"])
 @pytest.mark.parametrize("opening", ["", "def f():\n    ", "<llm-code>\n", "\\boxed{"])
 def test_time_is_linear(opening, unit):
     def seconds(size):
@@ -94,8 +94,8 @@ PIECES = st.sampled_from(["def f():", "def ", "\n", "    return 1", "<llm-code>"
 def test_every_text_has_exactly_one_format(text):
     parsed = parse_completion(text)
     assert parsed.format in FORMATS and recognise(text) == parsed.format
-    assert (parsed.program is not None) == (parsed.format in ("tinygsm", "omi1"))
-    assert (parsed.function is not None) == (parsed.format == "tinygsm")
+    assert (parsed.format in ("tinygsm", "omi1")) <= (parsed.program is not None) <= (parsed.format != "omi2")
+    assert (parsed.format == "tinygsm") <= (parsed.function is not None) <= (parsed.format in ("tinygsm", "other"))
     assert (parsed.format == "omi2") <= (stated_answer(text) is not None)
 
 
@@ -117,6 +117,21 @@ def test_prose_with_words_of_code_is_never_code(prose):
                                   "x = 3\ny = x + 1\ny", "import math", "    return result", "result = 3\n    return result"])
 def test_not_functions(text):
     assert recognise(text) == "other"
+
+
+@pytest.mark.parametrize("text", ["def f( -> int:\n    return 3", "x:\ndef f() -> int\n    return 3", "async def f():\n    return 3",
+                                  "def f(x) = x + 1", "```python\ndef f(:\n    return 3\n```\nIt is \\boxed{3}."])
+def test_code_without_a_shape_is_a_program_and_never_prose(text):
+    "Its answer is what it computes; no number in it can be taken for one."
+    parsed = parse_completion(text)
+    assert parsed.format == "other" and parsed.program and not parsed.prose
+
+
+@pytest.mark.parametrize("text", ["import math\ndef f():\n    return 1", "# solve\n\nfrom math import ceil\n\ndef f():\n    return 1",
+                                  "```python\nimport math\n\ndef f():\n    return 1\n```"])
+def test_a_function_may_follow_imports_and_comments(text):
+    parsed = parse_completion(text)
+    assert parsed.format == "tinygsm" and parsed.function == "f" and parsed.program.strip("`\n") in text
 
 
 @pytest.mark.parametrize("text", ["def f():", "def f():\n", "\n\n  def f():\n    return 1", "def f(a, b=2, *c, **d) -> 'x':\n  retur",

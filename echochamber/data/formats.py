@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LONGEST_HEADER', 'TRIPLE', 'TOKEN', 'TAG', 'BRACE', 'NUMBER', 'UNIT',
-           'HASHES', 'SENTENCE', 'FENCE', 'StyleConfig', 'replace_operation', 'err', 'distinct', 'assignments',
-           'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution', 'document', 'function_name', 'open_quote',
-           'function_block', 'code_blocks', 'last_boxed', 'stated_answer', 'Parsed', 'parse_function',
-           'parse_completion', 'recognise']
+           'HASHES', 'SENTENCE', 'FENCE', 'PREAMBLE', 'HEADER', 'StyleConfig', 'replace_operation', 'err', 'distinct',
+           'assignments', 'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution', 'document',
+           'function_name', 'open_quote', 'function_block', 'code_blocks', 'last_boxed', 'stated_answer', 'Parsed',
+           'parse_function', 'parse_loose_code', 'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -248,18 +248,30 @@ class Parsed:
 
 
 FENCE = re.compile(r"```\w*[ \t\r]*+\n?")
+PREAMBLE = re.compile(r"(?:(?:[ \t]*+(?:#[^\n]*+)?|(?:import|from) [^\n]*+)\n)*+")  # blank lines, comments, imports
+HEADER = re.compile(r"^(?:async )?def [^\W\d]\w{0,99}+ ?\(", re.MULTILINE)           # what a function starts with
 
 
 def parse_function(completion: str) -> Parsed | None:
-    "A completion that opens with a Python function."
+    "A completion that opens with a Python function, after imports and comments at most."
     text = completion.lstrip()
     text = FENCE.sub("", text, count=1).lstrip() if text.startswith("```") else text
-    header = text[:LONGEST_HEADER + 1].split("\n", 1)[0].rstrip()
-    if (name := function_name(header)) is None:
+    start = PREAMBLE.match(text).end()
+    header = text[start:start + LONGEST_HEADER + 1].split("\n", 1)[0].rstrip()
+    if (name := function_name(header)) is not None:
+        lines = text[start:].split("\n")
+        end = 1 + function_block(lines[1:])
+        return Parsed("tinygsm", text[:start] + "\n".join([header, *lines[1:end]]), "\n".join(lines[end:]), name)
+    return Parsed("other", text, "") if HEADER.match(text, start) else None
+
+
+def parse_loose_code(completion: str) -> Parsed | None:
+    "A text that shows a function somewhere and states no answer: its first fenced block, else all of it, is the program."
+    if HEADER.search(completion) is None:
         return None
-    lines = text.split("\n")
-    end = 1 + function_block(lines[1:])
-    return Parsed("tinygsm", "\n".join([header, *lines[1:end]]), "\n".join(lines[end:]), name)
+    if (fence := FENCE.search(completion)) and (parsed := parse_function(completion[fence.end():])):
+        return replace(parsed, format="other")
+    return Parsed("other", completion, "")
 
 # %% ../../nbs/data/01_formats.ipynb #f06cff08
 def parse_completion(completion: str) -> Parsed:
@@ -270,7 +282,9 @@ def parse_completion(completion: str) -> Parsed:
         blocks, prose = code_blocks(completion)
         if blocks:
             return Parsed("omi1", "\n".join(blocks), prose)
-    return Parsed("omi2" if stated_answer(completion) else "other", None, completion)
+    if stated_answer(completion):
+        return Parsed("omi2", None, completion)
+    return parse_loose_code(completion) or Parsed("other", None, completion)
 
 
 def recognise(completion: str) -> str:

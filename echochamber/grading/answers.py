@@ -47,10 +47,10 @@ def normalise(text: str) -> str:
 NUMERAL = (r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"  # 1,018.50 or .5
            r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?")                                          # e-3
 PLAIN = re.compile(rf"(?P<sign>[-+]?) ?(?:(?P<whole>[0-9]++) )?(?P<top>{NUMERAL})(?: ?/ ?(?P<bottom>{NUMERAL}))?"
-                   r"(?P<unit>(?: [A-Za-z]{2,}+\.?){0,4}(?: ?\^ ?\{?[23]\}?)?)")
+                   r"(?P<unit>(?:(?: [A-Za-z]{2,}+\.?){1,4}(?: ?\^ ?\{?[23]\}?)?)?)")
 FRAC = re.compile(r"\\frac ?(?:\{([^{}]*)\}|([0-9])) ?(?:\{([^{}]*)\}|([0-9]))")
 NOT_UNITS = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "pi", "plus", "minus", "times",
-             "over", "or", "and", "to", "mod"}
+             "over", "or", "and", "to", "mod", "squared", "cubed", "factorial"}
 LONGEST_NUMBER = 200  # characters
 
 
