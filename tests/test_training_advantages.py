@@ -16,7 +16,6 @@ from echochamber.training.advantages import (
     generalised_advantages,
     group_advantages,
     leave_one_out_advantages,
-    moments,
     penalised_rewards,
     rewards_to_go,
     whiten,
@@ -117,12 +116,12 @@ def test_reinforce_baseline_equals_the_release():
 
 
 def test_penalised_rewards_equal_the_release():
-    "openrlhf/models/utils.py, compute_reward: clip the outcome, scatter it to the last token, subtract β·k1."
+    "openrlhf/models/utils.py, compute_reward: scatter the outcome to the last token, subtract β·k1; its clip is left out."
     rewards, mask, ratio = noise(5, 8).mul(20), stretches(5, 8, 6), noise(6, 8, 6)
     mask[:, 2] = True
     slow = -0.01 * ratio * mask
     for n in range(8):
-        slow[n, mask[n].nonzero().max()] += rewards[n].clamp(-10, 10)
+        slow[n, mask[n].nonzero().max()] += rewards[n]
     close(penalised_rewards(rewards, ratio, mask, beta=0.01), slow)
 
 
@@ -232,14 +231,12 @@ def test_k1_in_the_reward_is_the_gradient_of_the_divergence_of_completions(seed)
 # --- masks and shards -------------------------------------------------------------------------------------------------
 
 
-@given(seeds, st.integers(1, 6), st.integers(1, 6), st.integers(0, 6), st.floats(-1e4, 1e4))
+@given(seeds, st.integers(1, 6), st.integers(1, 6), st.floats(-1e4, 1e4))
 @settings(max_examples=60, deadline=None)
-def test_whitening_a_shard_with_the_moments_of_all(seed, rows, width, cut, offset):
+def test_whitening_standardises_what_is_live(seed, rows, width, offset):
     values, mask = noise(seed, rows, width) + offset, stretches(seed, rows, width)
     values[~mask] = torch.nan
-    total = moments(values[:cut], mask[:cut]) + moments(values[cut:], mask[cut:])
-    parts = torch.cat([whiten(values[:cut], mask[:cut], total), whiten(values[cut:], mask[cut:], total)])
-    torch.testing.assert_close(parts, whiten(values, mask), atol=1e-4, rtol=1e-4)
+    parts = whiten(values, mask)
     assert parts.isfinite().all() and parts[~mask].count_nonzero() == 0
     if mask.sum() > 1 and values[mask].double().var(correction=0) > 1e-3:
         assert abs(parts[mask].mean()) < 1e-2 and parts[mask].var(correction=0) == pytest.approx(1, abs=1e-2)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from echochamber.core import StudyError
 from echochamber.models.decoder import Decoder
 from echochamber.models.generation import SamplingConfig
 from echochamber.training import policy as policy_module
@@ -23,6 +24,7 @@ from echochamber.training.rollouts import toy_task
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
 
 torch.set_num_threads(1)
+toy_task_of_rollouts = toy_task
 POLICY = {"grpo": grpo_config, "dr_grpo": dr_grpo_config, "rloo": rloo_config, "reinforce": reinforce_config, "ppo": ppo_config}
 ALGORITHMS = [*POLICY, "supervised", "expert_iteration"]
 SETTINGS = [(name, kl) for name in POLICY for kl in (0.0, 0.02)] + [("supervised", 0.0), ("expert_iteration", 0.0)]
@@ -204,6 +206,17 @@ def test_interrupted_again_between_the_micro_batches_of_the_first_step(short, tm
     resumed = train("grpo", tmp_path)
     assert identical(resumed.policy, short("grpo").policy)
     same_history(resumed.history, short("grpo").history)
+
+
+@pytest.mark.parametrize("name", ["grpo", "expert_iteration"])
+def test_a_half_trained_policy_is_not_taken_for_the_beginning(name, tmp_path):
+    "A notebook cell that is run again after an interruption hands over the policy it has trained, not the one that it began with."
+    policy = toy_task()[0]
+    with patch(f"{__name__}.toy_task", lambda: (policy, *toy_task_of_rollouts()[1:])):
+        with pytest.raises(Interruption):
+            train(name, tmp_path, report=stop_at(180 if name == "expert_iteration" else 4))
+        with pytest.raises(StudyError, match="started from other weights"):
+            train(name, tmp_path)
 
 
 def test_interrupted_after_the_last_step(short, tmp_path):

@@ -88,7 +88,7 @@ class Poison(L.Callback):
 @pytest.mark.parametrize("after", [4, 5])
 def test_a_loss_that_is_no_number_ends_the_run(after, undisturbed, tmp_path):
     "At the first step of a rollout batch and at a later one."
-    with pytest.raises(StudyError, match=f"the loss is nan after step {after}; lower the learning rate"):
+    with pytest.raises(StudyError, match=f"the gradient of the policy is nan after step {after}; lower the learning rate"):
         train(tmp_path, callbacks=[Poison(after)])
     continues_from_before(tmp_path, 3, undisturbed)
 
@@ -115,7 +115,7 @@ def test_imitation_has_the_same_alarm(tmp_path):
     policy, tokenizer, questions, _ = toy_task()
     examples = encode_examples([(question.question, question.answer) for question in questions], tokenizer)
     config = SupervisedConfig(epochs=4, batch=10, micro_batch=10, precision="32-true", checkpoint_every=1)
-    with pytest.raises(StudyError, match="the loss is nan after step 2; lower the learning rate"):
+    with pytest.raises(StudyError, match="the gradient of the policy is nan after step 2; lower the learning rate"):
         train_supervised(policy, examples, config, tmp_path, [Poison(2)])
     assert torch.load(tmp_path / "resume.ckpt", weights_only=True)["global_step"] == 2
 
@@ -168,7 +168,7 @@ class Verdicts:
 @pytest.mark.parametrize(("outcome", "word"), [("wrong", "failed"), ("correct", "solved")])
 def test_rollouts_without_a_signal_end_the_run(outcome, word, undisturbed, tmp_path):
     "The second and third batch are idle; that is noticed after step 5."
-    with pytest.raises(StudyError, match=rf"stopped after step 5: the last 2 rollout batches held no question .* \(mostly {word}\).*; "
+    with pytest.raises(StudyError, match=rf"stopped after step 5: the last 2 rollout batches held no right and wrong .* \(questions mostly {word}\).*; "
                                          "take other questions or more samples, or raise alarms.idle_rollouts"):
         train(tmp_path, AlarmConfig(idle_rollouts=2), grader=Verdicts(outcome, lambda rollout: rollout > 0))
     assert torch.load(tmp_path / "resume.ckpt", weights_only=True)["global_step"] == 3

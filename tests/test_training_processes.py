@@ -54,8 +54,7 @@ def test_two_processes_equal_one(case, alone, shared):
     torch.testing.assert_close(gradients(theirs), gradients(ours), atol=1e-6, rtol=1e-4)
     assert max(gradient.abs().max() for gradient in gradients(ours)) > 1e-2
     histories = [pd.read_parquet(folder / "history.parquet") for folder in (ours, theirs)]
-    local = ["loss"] if case == "pretraining" else []  # that of the first process's last micro-batch
-    compared = [column for column in histories[0] if "second" not in column and column not in local]
+    compared = [column for column in histories[0] if "second" not in column]
     assert list(histories[0]) == list(histories[1])
     pd.testing.assert_frame_equal(*(history[compared] for history in histories), atol=1e-5, rtol=1e-4)
 
@@ -69,3 +68,31 @@ def test_the_processes_agree_to_the_bit(case, shared):
 def test_interrupted_processes_continue_bit_by_bit_inside_a_rollout_batch(shared):
     straight, resumed = (weights(shared / case, "last-0") for case in ("ppo", "interrupted"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+BROKEN_GRADER = """
+import sys
+from process_cases import grpo_config, toy_task, train_policy
+from echochamber.core import StudyError
+from echochamber.training.fitting import process_rank
+
+class Broken:
+    def grade(self, completions, answers):
+        if process_rank() == 1:
+            raise StudyError("the grader of the second process is ill; heal it")
+        return toy_task()[3].grade(completions, answers)
+
+policy, tokenizer, questions, _ = toy_task()
+config = grpo_config(2, prompts=10, samples=8, train_batch=40, micro_batch=10, max_new_tokens=4, precision="32-true", processes=2)
+train_policy(policy, tokenizer, questions, Broken(), config, sys.argv[1])
+"""
+
+
+def test_what_stops_one_process_is_told_by_all(tmp_path):
+    "The study records what the first process raises; the others must not be left waiting."
+    script, log = tmp_path / "broken.py", tmp_path / "errors.txt"
+    script.write_text(BROKEN_GRADER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
+    with open(log, "w") as errors:
+        done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment, stdout=errors, stderr=errors, timeout=120)
+    assert done.returncode != 0 and log.read_text().count("StudyError: the grader of the second process is ill") == 2

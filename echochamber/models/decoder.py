@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'SHORT', 'LOGITS_AT_ONCE', 'OLMO_NAMES', 'OLMO_FIXED', 'DecoderConfig', 'rotation', 'rotate', 'attend',
-           'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'token_log_probs', 'to_olmo_config', 'from_olmo_config',
-           'to_olmo', 'from_olmo', 'fast_bf16']
+           'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'meet_vocabulary', 'token_log_probs', 'to_olmo_config',
+           'from_olmo_config', 'to_olmo', 'from_olmo', 'fast_bf16']
 
 # %% ../../nbs/models/00_decoder.ipynb #ab04119d
 import torch
@@ -168,21 +168,25 @@ class Decoder(nn.Module):
 LOGITS_AT_ONCE = 2**26  # numbers in fp32: 256 MiB
 
 
+def meet_vocabulary(judge, hidden: Tensor, targets: Tensor, vocab_size: int, logits_at_once: int | None = None) -> Tensor:
+    "`judge(hidden, targets)` of states [M, D] and tokens [M] → [M, ...], made in pieces that hold so many logits at most."
+    size = max(1, (logits_at_once or LOGITS_AT_ONCE) // vocab_size)
+    if len(targets) <= size:
+        return judge(hidden, targets)                                                      # [M, ...]
+    return torch.cat([checkpoint(judge, *piece, use_reentrant=False)
+                      for piece in zip(hidden.split(size), targets.split(size), strict=True)])     # [M, ...]
+
+
 def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0,
-                    logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+                    logits_at_once: int | None = None) -> Tensor:
     "Log-probability [nats, fp32] of all but the first of `tokens` [N, T], at `temperature` → [N, T-1]."
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = decoder.logits(hidden).float()                                            # [P, V]
+        logits = decoder.logits(hidden).float()                                            # [M, V]
         logits = logits if temperature == 1 else logits / temperature
-        return -functional.cross_entropy(logits, targets, reduction="none")                # [P]
+        return -functional.cross_entropy(logits, targets, reduction="none")                # [M]
 
     hidden, targets = decoder.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()  # [N(T-1), D], [N(T-1)]
-    size = max(1, logits_at_once // decoder.config.vocab_size)
-    if len(targets) <= size:
-        return log_probs(hidden, targets).view(len(tokens), -1)                            # [N, T-1]
-    pieces = [checkpoint(log_probs, *piece, use_reentrant=False)
-              for piece in zip(hidden.split(size), targets.split(size), strict=True)]              # [P] each
-    return torch.cat(pieces).view(len(tokens), -1)                                         # [N, T-1]
+    return meet_vocabulary(log_probs, hidden, targets, decoder.config.vocab_size, logits_at_once).view(len(tokens), -1)
 
 # %% ../../nbs/models/00_decoder.ipynb #4b2f7f54
 OLMO_NAMES = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", vocab_size="vocab_size",

@@ -103,7 +103,7 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
 class AlarmConfig(StrictConfig):
     "When a run stops itself. `None` switches an alarm off."
     sampler_gap: float | None = Field(0.05, gt=0, description="largest mean gap of sampler and trainer [nats per token]")
-    idle_rollouts: int | None = Field(50, gt=0, description="rollout batches in a row whose groups are all right or all wrong")
+    idle_rollouts: int | None = Field(50, gt=0, description="rollout batches in a row that hold nothing to learn from")
 
 # %% ../../nbs/training/05_diagnostics.ipynb #8a21aa10
 def alarm(metrics: dict[str, Any], idle: int, config: AlarmConfig) -> str | None:
@@ -114,16 +114,18 @@ def alarm(metrics: dict[str, Any], idle: int, config: AlarmConfig) -> str | None
                 "temperature and precision of both, or raise alarms.sampler_gap if this precision is wanted")
     if config.idle_rollouts is not None and idle >= config.idle_rollouts:
         solved = "solved" if metrics["groups_all_right"] > metrics["groups_all_wrong"] else "failed"
-        return (f"the last {idle} rollout batches held no question with both right and wrong samples (mostly {solved}), so nothing "
+        return (f"the last {idle} rollout batches held no right and wrong samples to compare (questions mostly {solved}), so nothing "
                 "can be learnt; take other questions or more samples, or raise alarms.idle_rollouts")
     return None
 
 # %% ../../nbs/training/05_diagnostics.ipynb #6fd0db7e
 class Alarms(L.Callback):
-    "Looks at the first optimiser step of every rollout batch and raises `StudyError` when an alarm goes off."
+    """Looks at the first optimiser step of every rollout batch and raises `StudyError` when an alarm goes off.
 
-    def __init__(self, config: AlarmConfig, steps_per_rollout: int):
-        self.config, self.steps_per_rollout = config, steps_per_rollout
+    `compares_groups`: samples are compared within their group; with a critic, over the whole batch."""
+
+    def __init__(self, config: AlarmConfig, steps_per_rollout: int, compares_groups: bool = True):
+        self.config, self.steps_per_rollout, self.compares_groups = config, steps_per_rollout, compares_groups
         self.seen, self.idle = 0, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
@@ -131,8 +133,9 @@ class Alarms(L.Callback):
         if step <= self.seen or (step - 1) % self.steps_per_rollout:
             return
         metrics = trainer.callback_metrics
-        signal = 1 - float(metrics["groups_all_wrong"] + metrics["groups_all_right"])
-        self.seen, self.idle = step, 0 if signal > 1e-6 else self.idle + 1
+        wrong, right = float(metrics["groups_all_wrong"]), float(metrics["groups_all_right"])
+        idle = wrong + right > 1 - 1e-6 if self.compares_groups else max(wrong, right) > 1 - 1e-6
+        self.seen, self.idle = step, self.idle + 1 if idle else 0
         if sentence := alarm(metrics, self.idle, self.config):
             raise StudyError(f"stopped after step {step}: {sentence}")
 

@@ -22,8 +22,8 @@ from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
 from .diagnostics import rollout_statistics
-from .fitting import Snapshots, gather, process_count, process_device, process_rank, resolve_precision
-from .rollouts import GradesCompletions, Rollouts, join_rollouts, rollouts_frame, row_seeds, sample_and_grade
+from .fitting import Snapshots, check_origin, gather, process_count, process_device, process_rank, resolve_precision
+from .rollouts import GradesCompletions, Rollouts, rollouts_frame, row_seeds, sample_and_grade
 from .supervised import Example, SupervisedConfig, train_supervised
 
 # %% ../../nbs/training/11_expert_iteration.ipynb #9d348a40
@@ -110,6 +110,7 @@ def train_expert_iteration(policy: Decoder, tokenizer: Tokenizer, questions: Seq
     """Train `policy` in place and return the history, one row per optimiser step with its `round`; continues from `folder`.
 
     `snapshots` count rounds: 0 is the base. Raises `StudyError` for a round without a correct completion."""
+    check_origin(policy, folder)
     base = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
     task, tell, histories = Task(tokenizer, questions, grader), report or (lambda *_: None), []
     for round in range(config.rounds + 1):

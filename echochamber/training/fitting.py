@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'History', 'AtomicCheckpointIO', 'ResumePoint',
-           'process_count', 'process_rank', 'process_device', 'gather', 'Snapshots', 'logarithmic_steps', 'Report',
-           'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
+           'process_count', 'process_rank', 'process_device', 'gather', 'check_origin', 'Snapshots',
+           'logarithmic_steps', 'Report', 'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
 
 # %% ../../nbs/training/00_fitting.ipynb #16a2477d
+import hashlib
 import logging
 import math
 import pickle
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field, model_validator
 
-from ..core import StrictConfig, StudyError, atomic_path, write_frame
+from ..core import StrictConfig, StudyError, atomic_path, write_frame, write_text
 from ..models.decoder import fast_bf16
 
 # %% ../../nbs/training/00_fitting.ipynb #f765d531
@@ -143,6 +145,19 @@ def gather(value) -> list:
     torch.distributed.all_gather_object(values, value)
     return values
 
+# %% ../../nbs/training/00_fitting.ipynb #0419171b
+def check_origin(model: torch.nn.Module, folder: Path) -> None:
+    "Mark `folder` with the weights that its training starts from; `StudyError` if it was started from others."
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mark = Path(folder) / "origin.txt"
+    if not mark.exists() and process_rank() == 0:
+        write_text(mark, digest.hexdigest() + "\n")
+    elif mark.exists() and mark.read_text().strip() != digest.hexdigest():
+        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the model that it "
+                         "started from again, or give another folder")
+
 # %% ../../nbs/training/00_fitting.ipynb #d524aeee
 class Snapshots(L.Callback):
     "Calls `save(step)` once at each of the chosen optimiser steps (0 is before the first)."
@@ -184,8 +199,8 @@ class Report(L.Callback):
         self.report, self.metric, self.told = report, metric, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        if trainer.global_step == self.told or not trainer.is_global_zero:
-            return  # amid an accumulation, or not the process that speaks
+        if trainer.global_step == self.told:
+            return  # amid an accumulation
         self.told = trainer.global_step
         value = trainer.callback_metrics.get(self.metric)
         self.report(self.told, trainer.max_steps, f"{self.metric} {float(value):.3f}" if value is not None else "")
@@ -197,10 +212,8 @@ class FitConfig(StrictConfig):
     steps: int = Field(gt=0, description="length of the run [optimiser steps]")
     accumulate: int = Field(1, gt=0, description="micro-batches per optimiser step and process")
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
-    log_every: int = Field(1, gt=0, description="distance of logged rows [optimiser steps]")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
-    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="how several processes share the work; auto: ddp")
 
 # %% ../../nbs/training/00_fitting.ipynb #3c9df3b2
 def resolve_precision(precision: str) -> str:
@@ -223,8 +236,11 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
     """Train `module` on `data` for `config.steps` optimiser steps, continuing from `folder/resume.ckpt` if it exists.
 
     `data`: a `LightningDataModule`, or any sized iterable of micro-batches that starts at the trainer's step.
-    Returns the history: one row per logged optimiser step. Raises `StudyError` for a damaged resume point."""
+    Returns the history: one row per optimiser step. Raises `StudyError` for a damaged resume point."""
     quiet_lightning()
+    if config.processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):  # a notebook's processes are forks
+        raise StudyError(f"processes = {config.processes}: a notebook that has used a GPU cannot fork itself onto several; train this "
+                         "run with processes = 1 (runs share the GPUs of a machine), or from a script")
     folder = Path(folder)
     resume, history = folder / "resume.ckpt", folder / "logs" / "history.parquet"
     callbacks = [*callbacks, History(history), ResumePoint(resume, config.checkpoint_every)]
@@ -232,9 +248,9 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
         callbacks.append(Report(report, metric))
     trainer = L.Trainer(
         max_steps=config.steps, accumulate_grad_batches=config.accumulate, devices=config.processes,
-        accelerator="auto", strategy=config.strategy, precision=resolve_precision(config.precision),
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
         gradient_clip_val=config.optimiser.clip_norm, callbacks=callbacks, plugins=[AtomicCheckpointIO()],
-        logger=make_loggers(folder), log_every_n_steps=config.log_every, use_distributed_sampler=False,
+        logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
     rows = pd.read_parquet(history)

@@ -26,10 +26,10 @@ from ..core import StrictConfig, StudyError, write_frame
 from ..data.benchmarks import Question
 from ..models.decoder import Decoder, token_log_probs
 from ..models.generation import SamplingConfig
-from .advantages import GROUP_ESTIMATORS, explained_variance, penalised_rewards, rewards_to_go
+from .advantages import GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten
 from .critic import Critic, CriticConfig, critic_advantages
 from .diagnostics import AlarmConfig, Alarms, rollout_statistics
-from .fitting import FitConfig, OptimiserConfig, fit, gather, make_optimiser, process_count, process_rank
+from .fitting import FitConfig, OptimiserConfig, check_origin, fit, gather, make_optimiser, process_count, process_rank
 from echochamber.training.losses import (
     LossConfig,
     combine_statistics,
@@ -117,8 +117,6 @@ class PolicyConfig(StrictConfig):
             raise ValueError(f"fit.accumulate ({self.fit.accumulate}) must be train_batch / micro_batch / processes = {share}")
         if self.fit.steps % self.rollouts.steps_per_rollout:
             raise ValueError(f"fit.steps ({self.fit.steps}) must be a multiple of the {self.rollouts.steps_per_rollout} steps per rollout")
-        if self.fit.strategy == "fsdp":
-            raise ValueError("fit.strategy `fsdp` shards the weights that the sampler needs whole; use ddp for RL")
         return self
 
 # %% ../../nbs/training/07_policy.ipynb #4cd9d70d
@@ -158,15 +156,18 @@ def judge(rollouts: Rollouts, config: RolloutConfig, reference: Decoder | None, 
 def estimate_advantages(rewards: torch.Tensor, experience: dict[str, torch.Tensor], config: PolicyConfig) -> dict[str, torch.Tensor]:
     "`advantages` [N] or [N, T-1] of `rewards` [B, G], and with a critic its targets `returns` [N, T-1]."
     behaviour, mask = experience["behaviour_log_probs"], experience["mask"]  # [N, T-1]
-    outcome = rewards.flatten() if config.critic else GROUP_ESTIMATORS[config.advantage](rewards).flatten()  # [N]
     charged = config.loss.kl == "k1_in_reward"
+    late = charged and config.advantage == "batch"  # whitened after the price, which is in units of reward
+    estimator = torch.clone if config.critic else centre if late else GROUP_ESTIMATORS[config.advantage]
+    outcome = estimator(rewards).flatten()  # [N]
     if not charged and not config.critic:
         return {"advantages": outcome}
     log_ratio = behaviour - experience["reference_log_probs"] if charged else torch.zeros_like(behaviour)  # [N, T-1]
     per_token = penalised_rewards(outcome, log_ratio, mask, config.loss.kl_coefficient)  # [N, T-1]
     if config.critic:
         return critic_advantages(per_token, experience["values"], mask, config.critic)
-    return {"advantages": rewards_to_go(per_token, mask)}
+    advantages = rewards_to_go(per_token, mask)  # [N, T-1]
+    return {"advantages": whiten(advantages, mask) if late else advantages}
 
 # %% ../../nbs/training/07_policy.ipynb #88cb44b3
 Share = tuple[Rollouts, dict[str, torch.Tensor]]
@@ -246,7 +247,14 @@ class RolloutData(L.LightningDataModule):
         "Experience of rollout batch `rollout`, tensors with N rows, and its statistics; the same in every process."
         if self.reference is not None:
             self.reference.to(next(self.policy.parameters()).device)
-        rollouts, experience = join_shares(gather(self.sample(rollout)))
+        try:
+            mine = self.sample(rollout)
+        except StudyError as error:  # every process has to hear of it, or the others wait for ever
+            mine = error
+        for share in (shares := gather(mine)):
+            if isinstance(share, StudyError):
+                raise share
+        rollouts, experience = join_shares(shares)
         if process_rank() == 0:
             few = rollouts_frame(rollouts, rollout=rollout).head(4 * self.config.rollouts.samples)  # for people to read
             write_frame(self.folder / "samples" / f"rollout-{rollout:06d}.parquet", few)
@@ -325,9 +333,6 @@ class WeightedTraining(MeasuredTraining):
             self.started = time.perf_counter()
         losses, statistics = self.minimise(batch)
         loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            raise StudyError(f"the loss is {loss.item()} after step {self.global_step}; lower the learning rate, "
-                             "the metrics up to here show what grew")
         on_cpu = lambda values: {name: value.detach().cpu() for name, value in values.items()}
         self.parts.append((on_cpu(losses), on_cpu(statistics)))
         self.facts = batch.get("facts", {})
@@ -370,8 +375,9 @@ def train_policy(policy: Decoder, tokenizer: Tokenizer, questions: Sequence[Ques
     """Train `policy` in place and return the history; continues from `folder` if it holds a resume point.
 
     Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when an alarm goes off."""
+    check_origin(policy, folder)
     reference = deepcopy(policy).eval().requires_grad_(False) if config.loss.kl != "none" else None
     critic = Critic(policy) if config.critic else None
     data = RolloutData(policy, tokenizer, questions, grader, config, Path(folder), reference, critic)
-    alarms = Alarms(config.alarms, config.rollouts.steps_per_rollout)
+    alarms = Alarms(config.alarms, config.rollouts.steps_per_rollout, compares_groups=config.critic is None)
     return fit(PolicyTraining(policy, config, critic), data, config.fit, folder, [*callbacks, alarms], report, metric="reward")

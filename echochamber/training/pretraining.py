@@ -14,17 +14,16 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from ..core import StudyError
 from ..data.tokens import PackedData
-from ..models.decoder import Decoder
-from .fitting import FitConfig, fit, make_optimiser, process_count
+from ..models.decoder import Decoder, token_log_probs
+from .fitting import FitConfig, fit, make_optimiser, process_count, process_device
 
 # %% ../../nbs/training/01_pretraining.ipynb #06e3ae90
-def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    "Mean cross-entropy [nats per token] of `logits [B, T, V]` against `targets [B, T]`."
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def next_token_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
+    "Mean cross-entropy [nats per token] of the decoder on `rows [B, T+1]`."
+    return -token_log_probs(decoder, rows).mean()
 
 # %% ../../nbs/training/01_pretraining.ipynb #80eae792
 class Pretraining(L.LightningModule):
@@ -33,22 +32,22 @@ class Pretraining(L.LightningModule):
     def __init__(self, decoder: Decoder, config: FitConfig, compiled: bool = False):
         super().__init__()
         self.decoder, self.config = decoder, config
-        self.loss = torch.compile(self.row_loss, dynamic=False) if compiled else self.row_loss
+        self.loss = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
         self.losses, self.tokens, self.clock = [], 0, time.perf_counter()
 
-    def row_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        "Mean loss [nats per token] of `rows [B, T+1]`."
-        return next_token_loss(self.decoder(rows[:, :-1]), rows[:, 1:])
-
     def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
-        loss = self.loss(rows)
+        loss = self.loss(self.decoder, rows)
         self.losses.append(loss.detach())
         self.tokens += rows[:, 1:].numel()
         return loss
 
     def on_before_optimizer_step(self, optimizer):
         now, before = time.perf_counter(), self.clock
-        self.log("loss", torch.stack(self.losses).mean(), sync_dist=True)  # micro-batches are of one size
+        loss = float(self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))  # parts are of one size
+        if not math.isfinite(loss):
+            raise StudyError(f"the loss is {loss} after step {self.global_step}; lower the learning rate, the metrics up to here "
+                             "show what grew")
+        self.log("loss", loss)
         self.log("tokens_per_second", process_count() * self.tokens / (now - before))
         self.losses, self.tokens, self.clock = [], 0, now
 
@@ -71,10 +70,9 @@ def pretrain(decoder: Decoder, data: PackedData, config: FitConfig, folder: Path
 @torch.no_grad()
 def held_out_losses(decoder: Decoder, data: PackedData) -> pd.DataFrame:
     "Mean loss on the held-out rows of each source; columns `source`, `loss` [nats per token], `tokens`."
-    device, rows = next(decoder.parameters()).device, []
+    decoder, rows = decoder.to(device := process_device()), []
     for source, batches in zip(data.held_out, data.val_dataloader(), strict=True):
-        sums = [(next_token_loss(decoder(batch[:, :-1].to(device)), batch[:, 1:].to(device)).item(), batch[:, 1:].numel())
-                for batch in batches]
+        sums = [(next_token_loss(decoder, batch.to(device)).item(), batch[:, 1:].numel()) for batch in batches]
         tokens = sum(count for _, count in sums)
         rows.append({"source": source, "loss": sum(loss * count for loss, count in sums) / tokens, "tokens": tokens})
     return pd.DataFrame(rows, columns=["source", "loss", "tokens"])

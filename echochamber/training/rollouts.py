@@ -18,9 +18,10 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer
 
+from ..core import StudyError
 from ..data.benchmarks import Question
 from ..grading.answers import Grade
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, meet_vocabulary
 from ..models.generation import Completions, SamplingConfig, generate
 
 # %% ../../nbs/training/04_rollouts.ipynb #6d6c8cab
@@ -102,6 +103,8 @@ class ToyGrader:
 # %% ../../nbs/training/04_rollouts.ipynb #bafc39c3
 def align(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     "`tokens [N, T]`, padded with 0, and `mask [N, T-1]` of rows that are a prompt followed by a completion."
+    if not all(prompts):
+        raise StudyError("a prompt is empty, and nothing predicts the first token of its completion; give every row a question")
     lengths = [(len(prompt), len(prompt) + len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
     tokens = torch.zeros(len(lengths), max(end for _, end in lengths), dtype=torch.long)  # [N, T]
     mask = torch.zeros(tokens.shape[0], tokens.shape[1] - 1, dtype=torch.bool)  # [N, T-1]
@@ -127,13 +130,16 @@ def log_probs_and_entropy(decoder: Decoder, tokens: torch.Tensor, mask: torch.Te
     """Log-prob of the next token and entropy of its prediction [nats] where `mask` holds, else 0; both `[N, T-1]`, fp32.
 
     The vocabulary is only met at the M positions that count. Entropy has no gradient."""
-    hidden = decoder.hidden(tokens[:, :-1])  # [N, T-1, D]
-    log_probs = (decoder.logits(hidden[mask]).float() / temperature).log_softmax(-1)  # [M, V]
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)  # [M]
-    written = log_probs.gather(-1, tokens[:, 1:][mask][:, None]).squeeze(-1)  # [M]
+    def log_prob_and_entropy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        log_probs = (decoder.logits(hidden).float() / temperature).log_softmax(-1)  # [M, V]
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [M]
+        return torch.stack([log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy], -1)  # [M, 2]
+
+    hidden, targets = decoder.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask]  # [M, D], [M]
+    judged = meet_vocabulary(log_prob_and_entropy, hidden, targets, decoder.config.vocab_size)  # [M, 2]
     nothing = torch.zeros(mask.shape, device=tokens.device)  # [N, T-1]
-    return nothing.masked_scatter(mask, written), nothing.masked_scatter(mask, entropy)
+    return tuple(nothing.masked_scatter(mask, column) for column in judged.unbind(-1))
 
 # %% ../../nbs/training/04_rollouts.ipynb #c058dbd3
 def prompt_order(rollout: int, prompts: int, questions: int, seed: int) -> list[int]:

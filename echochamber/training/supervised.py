@@ -7,6 +7,7 @@ __all__ = ['Example', 'encode_examples', 'worked_solutions', 'SupervisedConfig',
            'SupervisedTraining', 'train_supervised']
 
 # %% ../../nbs/training/10_supervised.ipynb #c373e65e
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class SupervisedConfig(StrictConfig):
 
     def steps(self, examples: int) -> int:
         "Optimiser steps that `epochs` passes over so many examples take."
-        return max(1, round(self.epochs * examples / self.batch))
+        return math.ceil(self.epochs * examples / self.batch)
 
     def fit(self, examples: int) -> FitConfig:
         "The fit of so many examples; its horizon is its length."
