@@ -15,6 +15,7 @@ from echochamber.core import StudyError
 from echochamber.data.tokens import save_tokenizer, train_tokenizer
 from echochamber.models.checkpoints import export_to_transformers, import_from_transformers, load_model, save_model
 from echochamber.models.decoder import Decoder, DecoderConfig, to_olmo_config
+from echochamber.models.generation import SamplingConfig, generate
 
 torch.set_num_threads(1)
 TOKENIZER = train_tokenizer(["Sam has 3 apples and eats 1."], 300)
@@ -143,3 +144,24 @@ def test_an_interrupted_save_leaves_the_old_model_whole(saved, monkeypatch):
     monkeypatch.undo()
     assert same(load_model(folder)[0], decoder) and not (folder / "new").exists()
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_the_end_token_goes_there_and_back_and_ends_completions(tmp_path):
+    "A model of Transformers may end its texts with any token; graded on what runs on behind it, it would be graded wrongly."
+    decoder = decoder_of(DecoderConfig(width=32, layers=2, heads=2, vocab_size=300, init_std=0.5, end_token=7))
+    save_model(tmp_path / "ours", decoder, TOKENIZER)
+    export_to_transformers(tmp_path / "ours", tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())["eos_token"] == TOKENIZER.id_to_token(7)
+    imported, _ = import_from_transformers(tmp_path / "theirs")
+    assert imported.config.end_token == 7
+    drawn = generate(imported, [[1]], 300, SamplingConfig(max_new_tokens=60, temperature=1.5))
+    assert drawn.ended.any() and not drawn.ended.all() and (drawn.tokens == 0).any()
+    for row, length, ended in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), drawn.ended.tolist(), strict=True):
+        assert 7 not in row[:length - 1] and (row[length - 1] == 7) == ended
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(saved, tmp_path):
+    export_to_transformers(saved[0], tmp_path / "theirs")
+    shape = tmp_path / "theirs" / "config.json"
+    shape.write_text(json.dumps({name: value for name, value in json.loads(shape.read_text()).items() if name != "eos_token_id"}))
+    assert "end_token 50279 is outside the vocabulary of 300" in sentence(lambda: import_from_transformers(tmp_path / "theirs"))

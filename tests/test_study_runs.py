@@ -130,3 +130,11 @@ def test_a_disk_that_fills_up_at_any_write_leaves_nothing_half_written(writes, m
         json.loads(path.read_text())
     compute(run)
     assert run.done
+
+
+def test_what_killed_writes_left_is_swept_by_the_next_attempt():
+    run = Run("toy", "a", ToyConfig())
+    (run.folder / "checkpoints" / ".step-000001.0a1b2c3d.tmp").mkdir(parents=True)
+    (run.folder / ".resume.ckpt.0a1b2c3d.tmp").write_bytes(b"half a checkpoint")
+    compute(run)
+    assert run.done and not list(run.folder.rglob("*.tmp"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from ..core import StudyError, atomic_path, write_json
-from ..data.tokens import END_TOKEN, load_tokenizer, save_tokenizer
+from ..data.tokens import load_tokenizer, save_tokenizer
 from .decoder import Decoder, DecoderConfig, from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 # %% ../../nbs/models/01_checkpoints.ipynb #73028ea0
@@ -69,16 +69,16 @@ def load_model(folder: str | Path) -> tuple[Decoder, Tokenizer]:
     return fill(decoder, load_weights(folder / WEIGHTS), folder), load_tokenizer(folder)
 
 # %% ../../nbs/models/01_checkpoints.ipynb #9ea4585f
-def export_to_transformers(folder: str | Path, destination: str | Path, end_token: int = END_TOKEN) -> None:
+def export_to_transformers(folder: str | Path, destination: str | Path) -> None:
     "Write a checkpoint as a folder that `AutoModelForCausalLM` and `AutoTokenizer` read."
     decoder, tokenizer = load_model(folder)
     with atomic_path(destination) as temporary:
         temporary.mkdir(parents=True)
         save_weights(temporary / WEIGHTS, to_olmo(decoder.state_dict(), decoder.config))
-        write_json(temporary / SHAPE, to_olmo_config(decoder.config, end_token))
+        write_json(temporary / SHAPE, to_olmo_config(decoder.config))
         save_tokenizer(temporary, tokenizer)
         write_json(temporary / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.id_to_token(end_token),
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.id_to_token(decoder.config.end_token),
             "model_max_length": decoder.config.context, "clean_up_tokenization_spaces": False})
 
 # %% ../../nbs/models/01_checkpoints.ipynb #6fc0c2e7

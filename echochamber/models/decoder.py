@@ -28,11 +28,14 @@ class DecoderConfig(StrictConfig):
     tied: bool = Field(True, description="the head shares the embedding's matrix")
     rope_theta: float = Field(10_000.0, description="base of the rotary wavelengths [tokens]", gt=1)
     init_std: float = Field(0.02, description="standard deviation of the initial weights, cut at three of them", gt=0)
+    end_token: int = Field(0, description="token that ends a text", ge=0)
 
     @model_validator(mode="after")
-    def pairs_of_channels(self):
+    def parts_agree(self):
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 × heads ({2 * self.heads}); choose it so")
+        if self.end_token >= self.vocab_size:
+            raise ValueError(f"end_token {self.end_token} is outside the vocabulary of {self.vocab_size}; give a token of it")
         return self
 
     @property
@@ -190,16 +193,17 @@ def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0,
 
 # %% ../../nbs/models/00_decoder.ipynb #4b2f7f54
 OLMO_NAMES = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", vocab_size="vocab_size",
-                  context="max_position_embeddings", tied="tie_word_embeddings", init_std="initializer_range")
+                  context="max_position_embeddings", tied="tie_word_embeddings", init_std="initializer_range",
+                  end_token="eos_token_id")
 OLMO_FIXED = dict(model_type="olmo", hidden_act="silu", attention_bias=False, attention_dropout=0.0, clip_qkv=None)
 
 
-def to_olmo_config(config: DecoderConfig, end_token: int = 0) -> dict:
+def to_olmo_config(config: DecoderConfig) -> dict:
     "Keyword arguments of Transformers' `OlmoConfig` for the same decoder."
     return OLMO_FIXED | {theirs: getattr(config, ours) for ours, theirs in OLMO_NAMES.items()} | dict(
         architectures=["OlmoForCausalLM"], num_key_value_heads=config.heads, intermediate_size=config.mlp_width,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, rope_theta=config.rope_theta,
-        bos_token_id=None, eos_token_id=end_token, pad_token_id=end_token)
+        bos_token_id=None, pad_token_id=None)
 
 # %% ../../nbs/models/00_decoder.ipynb #21a83c7c
 def from_olmo_config(olmo: dict, where: str = "OLMo config") -> DecoderConfig:
@@ -211,7 +215,7 @@ def from_olmo_config(olmo: dict, where: str = "OLMo config") -> DecoderConfig:
         names = ", ".join(foreign) or "model_type, rope_type"
         raise StudyError(f"{where}: not an OLMo decoder of this study (see {names}); "
                          "choose a model of type olmo without clipping, biases and grouped heads")
-    defaults = dict(max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.02)
+    defaults = dict(max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.02, eos_token_id=50_279)
     olmo = defaults | olmo  # its files leave defaults out
     values = {ours: olmo[theirs] for ours, theirs in OLMO_NAMES.items() if theirs in olmo}
     theta = rope.get("rope_theta") or olmo.get("rope_theta") or 10_000.0

@@ -158,7 +158,7 @@ class Completions:
 
 # %% ../../nbs/models/02_generation.ipynb #48389229
 def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, sampling: SamplingConfig,
-             end_token: int = 0, seeds: Sequence[int] | int = 0, batch_rows: int = 512) -> Completions:
+             seeds: Sequence[int] | int = 0, batch_rows: int = 512) -> Completions:
     """`samples` completions of each prompt, at most `batch_rows` rows at a time.
 
     `seeds`: one integer for all, or one per prompt; the completions of a prompt depend on its seed and sample index,
@@ -167,7 +167,7 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, s
     if empty or not prompts or samples < 1:
         raise StudyError(f"nothing to complete ({len(prompts)} prompts, {samples} samples, empty ones: {empty[:5]}); "
                          "give at least one prompt of at least one token, and at least one sample")
-    seeds = prompt_seeds(seeds, len(prompts)) if isinstance(seeds, int) else seeds
+    seeds, end_token = prompt_seeds(seeds, len(prompts)) if isinstance(seeds, int) else seeds, decoder.config.end_token
     device, rows = decoder.embedding.weight.device, len(prompts) * samples
     tokens = torch.full((rows, sampling.max_new_tokens), end_token, device=device)    # [N, T]
     log_probs = torch.zeros(tokens.shape, device=device)                              # [N, T]

@@ -79,13 +79,13 @@ class FinetuneConfig(StrictConfig):
 class EvaluateConfig(StrictConfig):
     "Measure checkpoints on a benchmark: greedy once and sampled `samples` times per question."
     model: str = Field(description="reference of a finished run, or the folder of one checkpoint")
-    model_hash: str | None = Field(None, description="content hash of the weights, where `model` is a folder of one checkpoint")
+    model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
     steps: tuple[int, ...] = Field((), description="snapshots of the run to evaluate; empty for all, or for one checkpoint")
     benchmark: str = Field("mini-gsm", description="mini-gsm, mini-math, gsm8k, math500 or aime")
     problems: ProblemConfig = Field(ProblemConfig(), description="what mini-gsm draws from, and mini-math goes beyond")
     data: str | None = Field(None, description="JSON-lines file with the benchmark, instead of the Hub")
     data_hash: str | None = Field(None, description="content hash of that file, so that another file is another run")
-    questions: int | None = Field(None, gt=0, description="only the first so many questions")
+    questions: int | None = Field(None, gt=0, description="only so many questions, a fixed choice from the whole benchmark")
     samples: int = Field(64, ge=0, description="sampled completions per question; 0 for greedy only")
     sampling: SamplingConfig = Field(SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.95),
                                      description="how the sampled completions are drawn")

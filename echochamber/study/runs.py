@@ -178,8 +178,8 @@ def damage(folder: Path) -> str:
 def refuse_damage(folder: Path) -> None:
     "Raise the sentence that names a damaged folder and the mend."
     if problem := damage(folder):
-        raise StudyError(f"{folder}: this finished run is damaged ({problem}); delete the folder or add --redo, "
-                         "and it is computed again")
+        raise StudyError(f"{folder}: this finished run is damaged ({problem}); delete the folder and it is computed "
+                         "again, or let `echochamber reproduce --redo` do both")
 
 # %% ../../nbs/study/01_runs.ipynb #9c09fd12
 STATUSES = ("absent", "interrupted", "running", "failed", "done", "corrupt")
@@ -199,10 +199,10 @@ def folder_status(folder: Path) -> str:
 
 # %% ../../nbs/study/01_runs.ipynb #e020a8cb
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 30.0) -> Iterator[None]:
-    "Hold the lock of a run folder; wait up to `patience` seconds for another process to let go of it."
+def locked(folder: Path, patience: float = 30.0, name: str = ".lock") -> Iterator[None]:
+    "Hold a lock of a run folder; wait up to `patience` seconds for another process to let go of it."
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / name)
     try:
         try:
             lock.acquire(timeout=0)
@@ -349,6 +349,8 @@ def open_run(run: Run, patience: float = 30.0) -> Iterator[Progress]:
         if (folder / "DONE").exists():
             refuse_damage(folder)
             raise StudyError(f"{folder}: this run is finished; read its files, or delete the folder to compute it again")
+        for leftover in folder.rglob(".*.tmp"):  # a write that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_json(folder / "config.json", run.config.model_dump(mode="json"))
         progress = Progress(folder)
         record_provenance(run, progress)
