@@ -14,6 +14,7 @@ from echochamber.data.problems import ProblemConfig
 from echochamber.grading.latex import LatexProcess
 from echochamber.study import cli
 from echochamber.study.cli import main
+from echochamber.study.presets import FIGURES
 
 GOOD = {"question": "1 + 1?", "answer": "2", "completion": r"The sum is \boxed{2}."}
 COLUMNS = ["question", "answer", "completion", "format", "extracted", "outcome", "strict"]
@@ -175,7 +176,7 @@ def test_evaluate_asks_what_the_model_was_trained_on(config, problems, benchmark
     make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
     if config is not None:
         (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
-    status, printed, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", benchmark)
+    status, printed, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine" / "checkpoints" / "step-000004", "--benchmark", benchmark)
     assert (status, complaint) == (0, "") and executed[0].config.problems == ProblemConfig(**problems or {})
     line, = (line for line in printed.splitlines() if line.startswith(benchmark))
     assert ("of mine" in line) == (problems is not None) and ("default" in line) == (problems is None)
@@ -193,7 +194,7 @@ def test_only_the_generator_has_problems(tmp_path, echochamber, executed):
     (tmp_path / "mine" / "config.json").write_text(json.dumps({"problems": EASY}))
     data = write_lines(tmp_path / "test.jsonl", GOOD)
     for benchmark in ("gsm8k", "mini-gsm"):
-        status, printed, _ = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", benchmark, "--data", data)
+        status, printed, _ = echochamber("evaluate", "--checkpoint", tmp_path / "mine" / "checkpoints" / "step-000004", "--benchmark", benchmark, "--data", data)
         assert status == 0 and executed[-1].config.problems == ProblemConfig() and "problems" not in printed
 
 
@@ -201,7 +202,7 @@ def test_only_the_generator_has_problems(tmp_path, echochamber, executed):
 def test_a_damaged_config_of_a_run_is_named(content, tmp_path, echochamber, executed):
     make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
     (tmp_path / "mine" / "config.json").write_text(content)
-    status, _, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", "mini-gsm")
+    status, _, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine" / "checkpoints" / "step-000004", "--benchmark", "mini-gsm")
     assert status == 1 and "mine/config.json" in complaint and not executed
 
 
@@ -229,7 +230,10 @@ def test_half_a_checkpoint_is_refused(left_out, tmp_path, echochamber, executed)
 def test_uneven_groups_have_no_pass_at_k(tmp_path, echochamber):
     file = write_lines(tmp_path / "made.jsonl", GOOD, GOOD, GOOD | {"question": "2 - 0?"})
     status, printed, _ = echochamber("grade", file)
-    assert status == 0 and "pass@" not in printed and "maj@" not in printed
+    assert status == 0 and "pass@" not in printed and "maj@" not in printed and "1 to 2 completions each" in printed
+    file = write_lines(tmp_path / "made.jsonl", *[GOOD] * 2, *[GOOD | {"question": "2 - 0?"}] * 5)
+    status, printed, _ = echochamber("grade", file)
+    assert status == 0 and "pass@2" in printed and "pass@4" not in printed and "2 to 5 completions each" in printed
 
 
 def test_grade_on_a_full_disk_keeps_the_old_file(tmp_path, echochamber, monkeypatch):
@@ -274,6 +278,33 @@ def test_mistakes_get_one_sentence(line, status, sentence, echochamber, outputs,
 def test_dry_run_computes_nothing(echochamber, outputs):
     status, printed, _ = echochamber("reproduce", "convergence", "--preset", "smoke", "--dry-run")
     assert status == 0 and all(f"{stage}/" in printed for stage in ("pretrain", "finetune", "evaluate")) and not outputs.exists()
+
+
+def test_looking_deletes_nothing(echochamber, outputs):
+    "Not even a damaged run, and not even with --redo."
+    run = FIGURES["convergence"].runs("smoke", 1)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "DONE").write_text("{}")
+    for arguments in (("reproduce", "convergence", "--preset", "smoke", "--dry-run", "--redo"), ("study",)):
+        status, printed, complaint = echochamber(*arguments)
+        assert (status, complaint) == (0, "") and (run.folder / "DONE").exists()
+    status, _, complaint = echochamber("reproduce", "convergence", "--preset", "smoke")
+    assert status == 1 and "damaged" in complaint and "--redo" in complaint and (run.folder / "DONE").exists()
+
+
+def test_an_unfinished_run_has_no_result_yet(tmp_path, echochamber, executed):
+    checkpoint = make_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004")
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    status, _, complaint = echochamber("evaluate", "--checkpoint", tmp_path / "mine", "--benchmark", "gsm8k")
+    assert status == 1 and "interrupted" in complaint and str(checkpoint) in complaint and not executed
+
+
+def test_another_tokenizer_is_another_evaluation(tmp_path, echochamber, executed):
+    checkpoint = make_checkpoint(tmp_path / "mine")
+    for content in ("{}", "[]"):
+        (checkpoint / "tokenizer.json").write_text(content)
+        assert echochamber("evaluate", "--checkpoint", checkpoint, "--benchmark", "gsm8k")[0] == 0
+    assert executed[0].reference != executed[1].reference
 
 
 def test_help_needs_nothing_heavy():

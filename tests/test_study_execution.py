@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -160,6 +161,14 @@ def test_a_failure_is_told_in_the_words_of_its_cause(fail, sentence, place):
     failure = launch(run_task(run, threads=1))
     assert failure["kind"] == "StudyError" and sentence in failure["message"]
     assert not run.done and not list(run.folder.rglob("*.tmp")) and not list(run.folder.rglob("*partial*"))
+
+
+def test_two_executors_compute_a_run_once(place):
+    "The second waits until the first has sealed, not only until it has computed."
+    run = Run("toy", "shared", ToyConfig())
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(launch, [run_task(run, threads=1)] * 2)) == [None, None]
+    assert run.done and json.loads((run.folder / "provenance.json").read_text())["attempts"] == 1
 
 
 def test_the_outputs_folder_cannot_be_written(place, monkeypatch):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from echochamber.core import StudyError, project_root
-from echochamber.study.graph import plan
+from echochamber.study.graph import execute, plan
 from echochamber.study.presets import FIGURES
 
 COMMAND = Path(sys.executable).with_name("echochamber")
@@ -62,5 +62,8 @@ def test_damaged_run_is_named(tmp_path, monkeypatch):
     run = FIGURES["convergence"].runs("smoke", 1)[0]
     run.folder.mkdir(parents=True)
     (run.folder / "DONE").write_text('{"model": {"bytes": 3, "modified": 0, "sha256": ""}}')
+    runs = plan([FIGURES["convergence"]], "smoke", 1)
+    assert runs[0].status == "corrupt"
     with pytest.raises(StudyError, match="model is missing"):
-        plan([FIGURES["convergence"]], "smoke", 1)
+        execute(runs)
+    assert run.folder.exists()

@@ -6,8 +6,8 @@
 __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'NAMES', 'OutOption', 'PARTS', 'FIELDS', 'explain', 'say', 'tell',
            'main', 'choose_figures', 'planned', 'list_runs', 'show_figures', 'study', 'reproduce', 'run', 'execute_one',
            'print_grades', 'print_summary', 'check_out', 'find_checkpoint', 'run_folder', 'known_benchmark', 'hash_of',
-           'trained_problems', 'problems_for', 'planned_evaluation', 'evaluate', 'check_row', 'read_completions',
-           'tell_failures', 'grade', 'report']
+           'trained_problems', 'problems_for', 'planned_evaluation', 'tell_failures', 'evaluate', 'check_row',
+           'read_completions', 'grade', 'report']
 
 # %% ../../nbs/study/06_cli.ipynb #1a3260fd
 import errno
@@ -94,12 +94,12 @@ def choose_figures(names: list[str] | None) -> list:
     return [FIGURES[name] for name in names]
 
 
-def planned(figures: list, preset: str, seeds: int, redo: bool = False) -> tuple[list, float]:
+def planned(figures: list, preset: str, seeds: int) -> tuple[list, float]:
     "The runs of these figures, and the expected seconds of those that are missing."
     from echochamber.study.graph import plan
     from echochamber.study.presets import expected_seconds, find_preset
     find_preset(preset)
-    runs = plan(figures, preset, seeds, redo)
+    runs = plan(figures, preset, seeds)
     return runs, sum(expected_seconds(run, preset) for run in runs if not run.done)
 
 # %% ../../nbs/study/06_cli.ipynb #e1333f0a
@@ -151,7 +151,7 @@ def reproduce(
     from echochamber.study.graph import clock, execute
     from echochamber.study.presets import expected_seconds
     chosen = choose_figures(figures)
-    runs, seconds = planned(chosen, preset, seeds, redo)
+    runs, seconds = planned(chosen, preset, seeds)
     tell(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {len(runs)} runs, "
          f"{sum(not run.done for run in runs)} to compute, about {clock(seconds)} on two cores")
     if dry_run:
@@ -196,8 +196,10 @@ def print_grades(frame: "pd.DataFrame") -> None:
     console.print(table)
     for mode, rows in frame.groupby("mode", sort=True):
         samples = rows.groupby("problem").size()
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if samples.nunique() == 1 and k <= samples.iloc[0]]
-        print_summary(mode, len(samples), summarise(rows, ks or (1,)), ks)
+        ks = [2**power for power in range(8) if 2**power <= samples.min()]
+        print_summary(mode, len(samples), summarise(rows, ks), ks)
+        if samples.min() < samples.max():
+            tell(f"  (questions have {samples.min()} to {samples.max()} completions each; k ends where the first of them do)")
 
 # %% ../../nbs/study/06_cli.ipynb #1514067f
 NAMES = {"accuracy": "accuracy (lenient)", "strict_accuracy": "accuracy (strict)", "pass_at_k": "pass@{k}", "majority_at_k": "maj@{k}"}
@@ -235,9 +237,13 @@ PARTS = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 def find_checkpoint(folder: Path) -> Path:
-    "The checkpoint folder meant by a path: itself, or the last one of a run."
+    "The checkpoint folder meant by a path: itself, or the last one of a finished run."
+    from echochamber.study.runs import folder_status
     folder = folder.resolve()
     inside = sorted((folder / "checkpoints").glob("step-*"))
+    if inside and (status := folder_status(folder)) != "done":
+        raise StudyError(f"{folder}: this run is {status}, so its last checkpoint is not its result; finish the run, "
+                         f"or name a checkpoint, such as {inside[-1]}")
     found = inside[-1] if inside else folder
     if missing := [name for name in PARTS if not (found / name).is_file()]:
         raise StudyError(f"{found}: is neither a checkpoint (it has no {missing[0]}) nor a run with one; "
@@ -301,10 +307,17 @@ def planned_evaluation(checkpoint: Path, benchmark: str, data: Path | None, **op
     if known_benchmark(benchmark) in MINI and data is None:
         options["problems"] = problems_for(benchmark, checkpoint)
     config = EvaluateConfig.parse({
-        "model": str(checkpoint), "model_hash": content_hash(checkpoint / "model.safetensors"), "benchmark": benchmark,
+        "model": str(checkpoint), "model_hash": content_hash(*(checkpoint / part for part in PARTS)), "benchmark": benchmark,
         "data": str(data.resolve()) if data else None, "data_hash": hash_of(data), **options}, where="evaluate")
     names = (run.name if (run := run_folder(checkpoint)) else "", checkpoint.name, benchmark)
     return Run("evaluate", re.sub(r"[^\w.-]+", "-", "-".join(names), flags=re.ASCII).lstrip("-._"), config)
+
+# %% ../../nbs/study/06_cli.ipynb #bed982f2
+def tell_failures(count: int) -> None:
+    "One line about the comparisons that failed, if any did."
+    if count:
+        one = count == 1
+        tell(f"\n{count:,} comparison{'' if one else 's'} of LaTeX could not be decided and count{'s' if one else ''} as wrong")
 
 # %% ../../nbs/study/06_cli.ipynb #8aba0ab7
 @app.command()
@@ -316,11 +329,14 @@ def evaluate(
         temperature: Annotated[float, typer.Option(help="of the sampled completions")] = 0.7,
         top_p: Annotated[float, typer.Option(help="of the sampled completions")] = 0.95,
         max_new_tokens: Annotated[int, typer.Option(min=1, help="longest completion [tokens]")] = 256,
-        limit: Annotated[int | None, typer.Option(min=1, help="only so many questions")] = None, out: OutOption = None) -> None:
+        limit: Annotated[int | None, typer.Option(min=1, help="only so many questions, a fixed choice from the whole benchmark")] = None,
+        out: OutOption = None) -> None:
     """Run a checkpoint over a benchmark, keep every completion, print the table.
 
     Example: echochamber evaluate --checkpoint outputs/runs/finetune/NAME --benchmark gsm8k --data test.jsonl --out graded.parquet"""
     import pandas as pd
+
+    from echochamber.study.results import read_json
     check_out(out)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     chosen = planned_evaluation(find_checkpoint(checkpoint), benchmark, data, questions=limit, samples=samples, sampling=sampling)
@@ -329,6 +345,7 @@ def evaluate(
     if out:
         write_frame(out, graded)
     print_grades(graded)
+    tell_failures(read_json(chosen.folder / "provenance.json").get("undecided", 0))
     tell(f"\nevery completion: {out or table}")
 
 # %% ../../nbs/study/06_cli.ipynb #0993ca73
@@ -359,13 +376,6 @@ def read_completions(path: Path) -> "pd.DataFrame":
     if not rows:
         raise StudyError(f"{path}: holds no completions; give one JSON object per line")
     return pd.DataFrame(rows, columns=list(FIELDS))
-
-# %% ../../nbs/study/06_cli.ipynb #bed982f2
-def tell_failures(count: int) -> None:
-    "One line about the comparisons that failed, if any did."
-    if count:
-        one = count == 1
-        tell(f"\n{count:,} comparison{'' if one else 's'} of LaTeX could not be decided and count{'s' if one else ''} as wrong")
 
 # %% ../../nbs/study/06_cli.ipynb #51f7c607
 @app.command()

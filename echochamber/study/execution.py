@@ -100,10 +100,11 @@ def explain(error: Exception) -> tuple[str, str]:
 def perform(task: Task, sockets: Path) -> bool:
     "Execute a task in this process; True if it succeeded, else word of the failure is left beside the output."
     partial = task.trace("partial.ipynb")
-    if task.folder and (Path(task.folder) / "DONE").exists():
-        return True
+    alone = locked(Path(task.folder), name=".executor.lock") if task.folder else contextlib.nullcontext()
     try:
-        with disk_speaks(partial.parent):
+        with disk_speaks(partial.parent), alone:
+            if task.folder and (Path(task.folder) / "DONE").exists():
+                return True  # another executor has sealed it meanwhile
             require_parameters(Path(task.notebook))
             run_notebook(task, partial, sockets)
             os.replace(partial, task.output)

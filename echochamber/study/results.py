@@ -113,8 +113,8 @@ def read_json(file: Path) -> dict:
 
 def is_drawn(figure: "Figure", preset: str, seeds: int) -> bool:
     "Whether a figure is there and was drawn from what is there now."
-    stamp = read_json(figure_file(figure.name, preset, ".json"))
-    return (stamp.get("inputs") == inputs(figure, preset, seeds) != ""
+    stamp, verdict = (read_json(file(figure.name, preset, ".json")) for file in (figure_file, results_file))
+    return (stamp.get("inputs") == inputs(figure, preset, seeds) != "" and stamp.get("line") == verdict.get("line")
             and all(figure_file(figure.name, preset, suffix).exists() for suffix in PICTURES))
 
 # %% ../../nbs/study/04_results.ipynb #5e755d16
@@ -140,8 +140,8 @@ def stamp(figure: "Figure", preset: str, seeds: int) -> str:
 # %% ../../nbs/study/04_results.ipynb #d5f09e3b
 def report() -> str:
     "Markdown summary of every figure that has been drawn, by claim and preset."
-    stamps = sorted(((read_json(file), file) for file in (outputs_folder() / "figures").glob("*/*.json")),
-                    key=lambda found: (found[0].get("claim", ""), found[1]))
+    stamps = sorted(((stamp, file) for file in (outputs_folder() / "figures").glob("*/*.json") if "claim" in (stamp := read_json(file))),
+                    key=lambda found: (found[0]["claim"], found[1]))
     if not stamps:
         raise StudyError(f"{outputs_folder() / 'figures'}: no figure has been drawn yet; run `echochamber reproduce` first")
     parts = [f"## {stamp['claim']}: {stamp['title']}\n\n{stamp['line']}\n\n"
