@@ -103,7 +103,7 @@ import sys
 from pathlib import Path
 sys.ps1 = ">>> "  # as in a notebook, whose processes cannot be started by running a script again
 import process_cases
-for name in ("expert_iteration", "grpo", "pretraining"):
+for name in ("expert_iteration", "grpo"):
     folder = Path(sys.argv[1]) / name
     folder.mkdir()
     model, history = process_cases.CASES[name](2, folder)
@@ -116,7 +116,7 @@ def test_processes_forked_by_a_notebook_equal_one(alone, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
     done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    for case in ("expert_iteration", "grpo", "pretraining"):
+    for case in ("expert_iteration", "grpo"):
         torch.testing.assert_close(weights(tmp_path / case, "last-0"), weights(alone / case, "last-0"), atol=1e-6, rtol=0)
         reached, expected = (pd.read_parquet(folder / case / "history.parquet").step for folder in (tmp_path, alone))
         assert reached.tolist() == expected.tolist()

@@ -1,10 +1,7 @@
 "2k steps = k steps + SIGKILL + resume, bit by bit, for pretraining and for every loop of fine-tuning."
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from echochamber.core import StudyError
 from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
 from echochamber.data.tokens import PackedData, pack_corpus, train_tokenizer
 from echochamber.models.decoder import Decoder, DecoderConfig
@@ -40,9 +38,6 @@ def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained
     model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
     fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
     return model, pretrain(model, data, fit, folder, report=report, compiled=compiled)
-
-
-compiled_pretraining = partial(pretraining, compiled=True)
 
 
 def grpo(folder: Path, report: Report) -> Trained:
@@ -105,11 +100,10 @@ def run(processes, *arguments) -> int | None:
 
 @pytest.mark.parametrize(("train", "kills"), [
     (pretraining, [18]),
-    (compiled_pretraining, [18]),
     (grpo, [24]),
     (ppo, [10, 17]),  # continues from step 7, inside a rollout batch, and from step 14, between two
     (expert_iteration, [125, 175, 200, 201]),  # sampling round 2, amid and after the last step of its fine-tuning, before round 3
-], ids=["pretraining", "compiled pretraining", "grpo", "ppo", "expert iteration"])
+], ids=["pretraining", "grpo", "ppo", "expert iteration"])
 def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
@@ -127,22 +121,26 @@ def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_pa
     pd.testing.assert_frame_equal(histories[0][timeless], histories[1][timeless], check_exact=True)
 
 
-def test_compiled_pretraining_learns_the_same(tmp_path):
-    (_, plain), (_, fused) = (train(tmp_path / name, lambda *_: None) for name, train in dict(
-        plain=pretraining, fused=compiled_pretraining).items())
+class Interruption(Exception):
+    pass
+
+
+def stop_at_18(step: int, steps: int, message: str) -> None:
+    if step == 18:
+        raise Interruption
+
+
+def test_compiled_pretraining_learns_the_same_and_continues_bit_by_bit(tmp_path):
+    (_, plain), (straight, fused) = (pretraining(tmp_path / name, lambda *_: None, name == "fused") for name in ("plain", "fused"))
     assert (plain.loss - fused.loss).abs().max() < 1e-3 and plain.loss.iloc[-1] < plain.loss.iloc[0] - 1
-
-
-NO_COMPILER = """
-import tempfile
-from pathlib import Path
-from test_training_resume import compiled_pretraining
-compiled_pretraining(Path(tempfile.mkdtemp()), lambda *_: None)
-"""
+    with pytest.raises(Interruption):
+        pretraining(tmp_path / "resumed", stop_at_18, compiled=True)
+    resumed, _ = pretraining(tmp_path / "resumed", lambda *_: None, compiled=True)
+    assert all(torch.equal(*pair) for pair in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_missing_compiler_is_named(tmp_path):
-    environment = dict(os.environ, PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "kernels"), OMP_NUM_THREADS="1")
-    process = subprocess.run([sys.executable, "-c", NO_COMPILER], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert process.returncode != 0 and "StudyError" in process.stderr
-    assert "C++ compiler" in process.stderr.splitlines()[-1] and "`compiled`" in process.stderr.splitlines()[-1]
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        with pytest.raises(StudyError, match=r"install a C\+\+ compiler .*`compiled`"):
+            pretraining(tmp_path, lambda *_: None, compiled=True)
