@@ -141,7 +141,7 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
                              "or leave --scheduler out") from None
         yield client
 
-
+# %% ../../nbs/study/05_graph.ipynb #51a2c002
 def slurm_cluster(description: Path, workers: int):
     "A `dask_jobqueue.SLURMCluster` of so many jobs, made with the keyword arguments in a JSON file."
     try:
@@ -323,7 +323,7 @@ def run_jobs(board: Board, client, gpus: Sequence[str] = (), refresh: Callable[[
         while PLACED:  # the executors of this machine end within a second
             time.sleep(0.05)
 
-
+# %% ../../nbs/study/05_graph.ipynb #ad7a9ce1
 @dataclass
 class Placed:
     "A job in Dask's hands; its log appears when its executor starts."

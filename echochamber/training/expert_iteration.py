@@ -70,7 +70,7 @@ def sample_piece(policy: Decoder, task: Task, config: ExpertIterationConfig, rou
     with atomic_path(file) as temporary:
         torch.save({"kept": kept, "statistics": rollout_statistics(rollouts), "rows": len(rollouts.texts)}, temporary)
 
-
+# %% ../../nbs/training/11_expert_iteration.ipynb #5a3b1e01
 def sample_round(policy: Decoder, task: Task, config: ExpertIterationConfig, round: int, folder: Path,
                  report: Callable[[int, int], None]) -> tuple[list[Example], dict[str, float]]:
     "Everything kept in a round, and the statistics of all its samples."
@@ -121,7 +121,7 @@ def train_expert_iteration(policy: Decoder, tokenizer: Tokenizer, questions: Seq
     history = pd.concat(histories, ignore_index=True)
     return history.assign(step=range(1, len(history) + 1))
 
-
+# %% ../../nbs/training/11_expert_iteration.ipynb #0e0a0d01
 def one_round(policy: Decoder, base: dict[str, torch.Tensor], task: Task, config: ExpertIterationConfig, round: int, folder: Path,
               tell: Callable[[int, int, str], None]) -> pd.DataFrame:
     "Sample from `policy`, then train it from `base` on what was kept; or load what an earlier attempt has made of it."
