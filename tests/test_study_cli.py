@@ -280,6 +280,14 @@ def test_dry_run_computes_nothing(echochamber, outputs):
     assert status == 0 and all(f"{stage}/" in printed for stage in ("pretrain", "finetune", "evaluate")) and not outputs.exists()
 
 
+def test_results_of_more_seeds_do_not_go_without_a_word(echochamber, outputs):
+    (outputs / "results" / "smoke").mkdir(parents=True)
+    (outputs / "results" / "smoke" / "convergence.json").write_text('{"seeds": 3}')
+    for seeds, warned in (("2", True), ("3", False)):
+        status, printed, _ = echochamber("reproduce", "convergence", "--preset", "smoke", "--dry-run", "--seeds", seeds)
+        assert status == 0 and ("results of 3 RL seeds" in printed) == warned == ("--seeds 3" in printed)
+
+
 def test_looking_deletes_nothing(echochamber, outputs):
     "Not even a damaged run, and not even with --redo."
     run = FIGURES["convergence"].runs("smoke", 1)[0]

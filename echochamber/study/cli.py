@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'NAMES', 'OutOption', 'PARTS', 'FIELDS', 'explain', 'say', 'tell',
-           'main', 'choose_figures', 'planned', 'list_runs', 'show_figures', 'study', 'reproduce', 'run', 'execute_one',
-           'print_grades', 'print_summary', 'check_out', 'find_checkpoint', 'run_folder', 'known_benchmark', 'hash_of',
-           'trained_problems', 'problems_for', 'planned_evaluation', 'tell_failures', 'evaluate', 'check_row',
-           'read_completions', 'grade', 'report']
+           'main', 'choose_figures', 'planned', 'list_runs', 'warn_of_fewer', 'show_figures', 'study', 'reproduce',
+           'run', 'execute_one', 'print_grades', 'print_summary', 'check_out', 'find_checkpoint', 'run_folder',
+           'known_benchmark', 'hash_of', 'trained_problems', 'problems_for', 'planned_evaluation', 'tell_failures',
+           'evaluate', 'check_row', 'read_completions', 'grade', 'report']
 
 # %% ../../nbs/study/06_cli.ipynb #1a3260fd
 import errno
@@ -111,6 +111,15 @@ def list_runs(runs: Sequence["Run"], preset: str) -> None:
         tell(f"  {run.reference}  {run.status}  {clock(expected_seconds(run, preset))}")
 
 
+def warn_of_fewer(figures: Sequence, preset: str, seeds: int) -> None:
+    "One line for each figure that will take the place of one with more seeds."
+    from echochamber.study.results import read_json, results_file
+    for figure in figures:
+        if (shown := read_json(results_file(figure.name, preset, ".json")).get("seeds", 0)) > seeds:
+            tell(f"{figure.name}: results of {shown} RL seeds lie in outputs/results/{preset} and give way to those of {seeds}; "
+                 f"with --seeds {shown} there are as many again")
+
+
 def show_figures(figures: Sequence, preset: str) -> None:
     "The verdict of each figure, and where its picture is."
     from echochamber.study.results import read_json, results_file
@@ -154,6 +163,7 @@ def reproduce(
     runs, seconds = planned(chosen, preset, seeds)
     tell(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {len(runs)} runs, "
          f"{sum(not run.done for run in runs)} to compute, about {clock(seconds)} on two cores")
+    warn_of_fewer(chosen, preset, seeds)
     if dry_run:
         return list_runs(runs, preset)
     execute(runs, chosen, preset, seeds, lambda run: expected_seconds(run, preset), workers, scheduler, slurm, redo, console)
