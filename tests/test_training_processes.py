@@ -70,34 +70,6 @@ def test_interrupted_processes_continue_bit_by_bit_inside_a_rollout_batch(shared
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-BROKEN_GRADER = """
-import sys
-from process_cases import grpo_config, toy_task, train_policy
-from echochamber.core import StudyError
-from echochamber.training.fitting import process_rank
-
-class Broken:
-    def grade(self, completions, answers):
-        if process_rank() == 1:
-            raise StudyError("the grader of the second process is ill; heal it")
-        return toy_task()[3].grade(completions, answers)
-
-policy, tokenizer, questions, _ = toy_task()
-config = grpo_config(2, prompts=10, samples=8, train_batch=40, micro_batch=10, max_new_tokens=4, precision="32-true", processes=2)
-train_policy(policy, tokenizer, questions, Broken(), config, sys.argv[1])
-"""
-
-
-def test_what_stops_one_process_is_told_by_all(tmp_path):
-    "The study records what the first process raises; the others must not be left waiting."
-    script, log = tmp_path / "broken.py", tmp_path / "errors.txt"
-    script.write_text(BROKEN_GRADER)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
-    with open(log, "w") as errors:
-        done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment, stdout=errors, stderr=errors, timeout=120)
-    assert done.returncode != 0 and log.read_text().count("StudyError: the grader of the second process is ill") == 2
-
-
 FORKED = """
 import sys
 from pathlib import Path
@@ -120,3 +92,30 @@ def test_processes_forked_by_a_notebook_equal_one(alone, tmp_path):
         torch.testing.assert_close(weights(tmp_path / case, "last-0"), weights(alone / case, "last-0"), atol=1e-6, rtol=0)
         reached, expected = (pd.read_parquet(folder / case / "history.parquet").step for folder in (tmp_path, alone))
         assert reached.tolist() == expected.tolist()
+
+
+BROKEN_GRADER = """
+import sys
+sys.ps1 = ">>> "
+from process_cases import grpo_config, toy_task, train_policy
+from echochamber.core import StudyError
+from echochamber.training.fitting import process_rank
+
+class Broken:
+    def grade(self, completions, answers):
+        if process_rank() == 1:
+            raise StudyError("the grader of the second process is ill; heal it")
+        return toy_task()[3].grade(completions, answers)
+
+policy, tokenizer, questions, _ = toy_task()
+config = grpo_config(2, prompts=10, samples=8, train_batch=40, micro_batch=10, max_new_tokens=4, precision="32-true", processes=2)
+train_policy(policy, tokenizer, questions, Broken(), config, sys.argv[1])
+"""
+
+
+def test_what_stops_one_process_is_told_in_its_own_words(tmp_path):
+    "The study records what the process of the notebook raises; and the first of the forks must not be left waiting for the second."
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
+    done = subprocess.run([sys.executable, "-c", BROKEN_GRADER, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == "echochamber.core.StudyError: the grader of the second process is ill; heal it"

@@ -22,7 +22,7 @@ from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
 from .diagnostics import rollout_statistics
-from .fitting import Snapshots, check_origin, gather, process_count, process_device, process_rank, resolve_precision
+from .fitting import Snapshots, check_origin, gather, process_count, process_device, process_rank, resolve_precision, together
 from .rollouts import GradesCompletions, Rollouts, rollouts_frame, row_seeds, sample_and_grade
 from .supervised import Example, SupervisedConfig, train_supervised
 
@@ -76,11 +76,14 @@ def sample_round(policy: Decoder, task: Task, config: ExpertIterationConfig, rou
     "Everything kept in a round, and the statistics of all its samples."
     pieces = -(-len(task.questions) // config.prompts)
     files = [folder / "pieces" / f"{piece:04d}.pt" for piece in range(pieces)]
-    for piece in range(process_rank(), pieces, process_count()):
-        if not files[piece].exists():
-            sample_piece(policy, task, config, round, piece, files[piece])
-        report(piece + 1, pieces)
-    gather(None)  # every process has written its pieces
+
+    def write_mine() -> None:
+        for piece in range(process_rank(), pieces, process_count()):
+            if not files[piece].exists():
+                sample_piece(policy, task, config, round, piece, files[piece])
+            report(piece + 1, pieces)
+
+    together(write_mine)
     parts = [torch.load(file, weights_only=True) for file in files]
     kept = [Example(*pair) for part in parts for pair in part["kept"]]
     return kept, pool([part["statistics"] for part in parts], [part["rows"] for part in parts])

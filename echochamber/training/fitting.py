@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'History', 'AtomicCheckpointIO', 'ResumePoint',
-           'process_count', 'process_rank', 'process_device', 'gather', 'check_origin', 'Snapshots',
+           'process_count', 'process_rank', 'process_device', 'gather', 'together', 'check_origin', 'Snapshots',
            'logarithmic_steps', 'Report', 'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
 
 # %% ../../nbs/training/00_fitting.ipynb #16a2477d
@@ -145,6 +145,18 @@ def gather(value) -> list:
     torch.distributed.all_gather_object(values, value)
     return values
 
+
+def together(work: Callable[[], object]) -> list:
+    "What `work()` returns in every process, gathered; a `StudyError` of one of them is raised by all, else the others would wait."
+    try:
+        mine = work()
+    except StudyError as error:
+        mine = error
+    for outcome in (outcomes := gather(mine)):
+        if isinstance(outcome, StudyError):
+            raise outcome
+    return outcomes
+
 # %% ../../nbs/training/00_fitting.ipynb #0419171b
 def check_origin(model: torch.nn.Module, folder: Path) -> None:
     "Mark `folder` with the weights that its training starts from; `StudyError` if it was started from others."
@@ -252,7 +264,13 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
         gradient_clip_val=config.optimiser.clip_norm, callbacks=callbacks, plugins=[AtomicCheckpointIO()],
         logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
+    try:
+        trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
+    except torch.multiprocessing.ProcessRaisedException as error:  # of a fork; its traceback ends with its sentence
+        kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
+        if kind.endswith("StudyError"):
+            raise StudyError(sentence) from error
+        raise
     rows = pd.read_parquet(history)
     if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
         raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "

@@ -29,7 +29,7 @@ from ..models.generation import SamplingConfig
 from .advantages import GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten
 from .critic import Critic, CriticConfig, critic_advantages
 from .diagnostics import AlarmConfig, Alarms, rollout_statistics
-from .fitting import FitConfig, OptimiserConfig, check_origin, fit, gather, make_optimiser, process_count, process_rank
+from .fitting import FitConfig, check_origin, fit, gather, make_optimiser, process_count, process_rank, together
 from echochamber.training.losses import (
     LossConfig,
     combine_statistics,
@@ -128,14 +128,14 @@ def policy_config(algorithm: str, advantage: str, loss: LossConfig, steps: int, 
     """An algorithm with the paper's sizes; `steps` counts optimiser steps, `horizon` (default `steps`) ends the cosine.
 
     `micro_batch`: rollouts per forward pass (default: a process's whole share of a step)."""
-    horizon, micro_batch = horizon or steps, micro_batch or train_batch // processes
-    optimiser = OptimiserConfig(learning_rate=learning_rate, weight_decay=0.0, warmup=round(0.03 * horizon), horizon=horizon)
-    return PolicyConfig(
+    horizon, micro_batch = horizon or steps, micro_batch or max(1, train_batch // processes)
+    optimiser = dict(learning_rate=learning_rate, weight_decay=0.0, warmup=round(0.03 * horizon), horizon=horizon)
+    return PolicyConfig.parse(dict(
         algorithm=algorithm, advantage=advantage, loss=loss, critic=critic, alarms=alarms or AlarmConfig(),
-        rollouts=RolloutConfig(prompts=prompts, samples=samples, train_batch=train_batch, micro_batch=micro_batch, passes=passes,
-                               seed=seed, sampling=SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature)),
-        fit=FitConfig(optimiser=optimiser, steps=steps, accumulate=train_batch // (micro_batch * processes), precision=precision,
-                      checkpoint_every=checkpoint_every, processes=processes))
+        rollouts=dict(prompts=prompts, samples=samples, train_batch=train_batch, micro_batch=micro_batch, passes=passes,
+                      seed=seed, sampling=dict(max_new_tokens=max_new_tokens, temperature=temperature)),
+        fit=dict(optimiser=optimiser, steps=steps, accumulate=max(1, train_batch // (micro_batch * processes)), precision=precision,
+                 checkpoint_every=checkpoint_every, processes=processes)), where=algorithm)
 
 # %% ../../nbs/training/07_policy.ipynb #5352d366
 @torch.no_grad()
@@ -247,14 +247,7 @@ class RolloutData(L.LightningDataModule):
         "Experience of rollout batch `rollout`, tensors with N rows, and its statistics; the same in every process."
         if self.reference is not None:
             self.reference.to(next(self.policy.parameters()).device)
-        try:
-            mine = self.sample(rollout)
-        except StudyError as error:  # every process has to hear of it, or the others wait for ever
-            mine = error
-        for share in (shares := gather(mine)):
-            if isinstance(share, StudyError):
-                raise share
-        rollouts, experience = join_shares(shares)
+        rollouts, experience = join_shares(together(lambda: self.sample(rollout)))
         if process_rank() == 0:
             few = rollouts_frame(rollouts, rollout=rollout).head(4 * self.config.rollouts.samples)  # for people to read
             write_frame(self.folder / "samples" / f"rollout-{rollout:06d}.parquet", few)
