@@ -9,7 +9,8 @@ import process_cases
 import pytest
 import torch
 
-from echochamber.core import project_root
+from echochamber.core import StudyError, project_root
+from echochamber.training.fitting import together
 
 HERE = Path(__file__).parent
 
@@ -113,9 +114,30 @@ train_policy(policy, tokenizer, questions, Broken(), config, sys.argv[1])
 """
 
 
-def test_what_stops_one_process_is_told_in_its_own_words(tmp_path):
-    "The study records what the process of the notebook raises; and the first of the forks must not be left waiting for the second."
+def test_what_stops_a_fork_is_told_in_its_own_words(tmp_path):
+    "The study records what the process of the notebook raises, and that is not the one that failed."
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
     done = subprocess.run([sys.executable, "-c", BROKEN_GRADER, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == "echochamber.core.StudyError: the grader of the second process is ill; heal it"
+
+
+def hear(rank: int, folder: Path) -> None:
+    "One of two processes, of which the second fails; leaves what it was told."
+    def work() -> str:
+        if rank == 1:
+            raise StudyError("the second process is ill; heal it")
+        return "well"
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        together(work)
+    except StudyError as error:
+        (folder / f"heard-{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_stops_one_process_is_heard_by_all(tmp_path):
+    "Started as a script, the first process would only see its connection closed, or wait."
+    torch.multiprocessing.start_processes(hear, args=(tmp_path,), nprocs=2, start_method="fork")
+    assert [(tmp_path / f"heard-{rank}.txt").read_text() for rank in (0, 1)] == ["the second process is ill; heal it"] * 2
