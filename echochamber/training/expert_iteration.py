@@ -94,7 +94,7 @@ def pool(parts: Sequence[dict[str, float]], rows: Sequence[int]) -> dict[str, fl
     def count(name: str, part: dict[str, float], rows: int) -> float:
         "Completions behind an entry."
         within = part[f"share_{name.removeprefix('accuracy_')}"] if name.startswith("accuracy_") else 1.0
-        return rows * (1 - part["truncated"] if name == "completion_tokens_ended" else within)
+        return rows * (1 - part["truncation_rate"] if name == "completion_tokens_ended" else within)
 
     pooled = {}
     for name in dict.fromkeys(name for part in parts for name in part):
