@@ -3,7 +3,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError
@@ -27,7 +27,6 @@ CONFIGS = st.builds(ProblemConfig, operations=ranges(1, 6), operands=ranges(2, 4
 
 
 @given(CONFIGS, st.integers(0, 9), st.sampled_from(["pretrain", "train", "test"]))
-@settings(max_examples=100, deadline=None)
 def test_every_problem_obeys_its_config(config, seed, split):
     for problem in generate_problems(config, 10, seed, split):
         assert split_of(problem.question) == split and problem.family in config.families
