@@ -29,7 +29,8 @@ from ..models.generation import SamplingConfig
 from .advantages import GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten
 from .critic import Critic, CriticConfig, critic_advantages
 from .diagnostics import StopConfig, StopConditions, rollout_statistics
-from .fitting import FitConfig, check_origin, fit, gather, make_optimiser, process_count, process_rank, together
+from .distributed import gather, process_count, process_rank, together
+from .fitting import FitConfig, check_origin, fit, make_optimiser
 from echochamber.training.losses import (
     LossConfig,
     combine_statistics,
