@@ -13,8 +13,9 @@ from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
 from echochamber.training.algorithms import OnPolicyConfig, grpo_config, ppo_config, reinforce_config
 from echochamber.training.critic import CriticConfig
+from echochamber.training.distributed import process_rank
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
-from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots, process_rank
+from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
 from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import pretrain
 from echochamber.training.supervised import Example, SupervisedConfig, train_supervised

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import lightning as L
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError
@@ -203,7 +203,6 @@ lengths, points, decades = st.integers(1, 10**6), st.integers(1, 40), st.floats(
 
 
 @given(lengths, points, decades)
-@settings(max_examples=200, deadline=None)
 def test_the_grid_rises_from_the_start_to_the_end(steps, points, decades):
     grid = logarithmic_steps(steps, points, decades)
     assert grid[0] == 0 and grid[-1] == steps and len(grid) <= points + 1
@@ -211,7 +210,6 @@ def test_the_grid_rises_from_the_start_to_the_end(steps, points, decades):
 
 
 @given(lengths, points, decades)
-@settings(max_examples=100, deadline=None)
 def test_the_grid_is_as_dense_as_its_logarithm_where_steps_are_plenty(steps, points, decades):
     "Every point that was asked for is within half a step of one of the grid, and there are no others."
     wanted = [steps * 10 ** (-decades * (1 - point / max(1, points - 1))) for point in range(points)] if points > 1 else [steps]
@@ -221,7 +219,6 @@ def test_the_grid_is_as_dense_as_its_logarithm_where_steps_are_plenty(steps, poi
 
 
 @given(lengths, lengths, points, decades)
-@settings(max_examples=200, deadline=None)
 def test_a_longer_run_keeps_what_the_shorter_has_kept(steps, more, points, decades):
     "The grid of the extension is that of a run of its length, moved; it shares one step with the old grid, the border."
     old, new = logarithmic_steps(steps, points, decades), logarithmic_steps(steps + more, points, decades, extends=steps)

@@ -22,7 +22,8 @@ from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
 from .diagnostics import rollout_statistics
-from .fitting import Snapshots, check_origin, gather, process_count, process_device, process_rank, resolve_precision, together
+from .distributed import gather, process_count, process_device, process_rank, together
+from .fitting import Snapshots, check_origin, resolve_precision
 from .rollouts import GradesCompletions, Rollouts, rollouts_frame, row_seeds, sample_and_grade
 from .supervised import Example, SupervisedConfig, train_supervised
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'step_metrics', 'sampler_gap', 'LoggedModule', 'WeightedLossModule']
 
-# %% ../../nbs/training/08_steps.ipynb #f286edf4
+# %% ../../nbs/training/08_steps.ipynb #17797988
 import time
 from collections.abc import Sequence
 
@@ -13,10 +13,11 @@ import lightning as L
 import torch
 
 from ..core import StudyError
-from .fitting import FitConfig, gather, make_optimiser, process_count
+from .distributed import gather, process_count
+from .fitting import FitConfig, make_optimiser
 from .losses import combine_statistics, mean_statistics
 
-# %% ../../nbs/training/08_steps.ipynb #dd240dc3
+# %% ../../nbs/training/08_steps.ipynb #b9c4376c
 Part = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # losses by name, sums of statistics; all scalars
 
 
