@@ -58,8 +58,8 @@ def train_policy(policy: Decoder, tokenizer: Tokenizer, questions: Sequence[Ques
                  report: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
     """Train `policy` in place and return the history; continues from `folder` if it holds a resume point.
 
-    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when a stop condition is met,
-    a gradient is not finite, or `folder` belongs to a policy that began with other weights."""
+    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when a stop condition is
+    met, a gradient is not finite, or `folder` belongs to a policy that began with other weights."""
     check_origin(policy, folder)
     reference = deepcopy(policy).eval().requires_grad_(False) if config.loss.kl != "none" else None
     critic = Critic(policy) if config.critic else None
