@@ -14,8 +14,9 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from echochamber.core import StudyError
 from echochamber.data.tokens import save_tokenizer, train_tokenizer
 from echochamber.models.checkpoints import export_to_transformers, import_from_transformers, load_model, save_model
-from echochamber.models.decoder import Decoder, DecoderConfig, to_olmo_config
+from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig, generate
+from echochamber.models.olmo import to_olmo_config
 
 torch.set_num_threads(1)
 TOKENIZER = train_tokenizer(["Sam has 3 apples and eats 1."], 300)
