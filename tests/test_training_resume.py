@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from echochamber.core import StudyError
-from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
+from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import PackedData, pack_corpus, train_tokenizer
 from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
+from echochamber.training.algorithms import grpo_config, ppo_config
 from echochamber.training.critic import CriticConfig
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
 from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
-from echochamber.training.grpo import grpo_config
 from echochamber.training.policy import train_policy
-from echochamber.training.ppo import ppo_config
 from echochamber.training.pretraining import held_out_losses, pretrain
-from echochamber.training.rollouts import toy_task
 from echochamber.training.supervised import SupervisedConfig
+from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 Report = Callable[[int, int, str], None]
@@ -35,7 +34,7 @@ SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_toke
 @cache
 def pretraining_data() -> PackedData:
     "Rows of all three sources, and held-out rows of each."
-    corpus = build_corpus(MixtureConfig(sources=tuple(MINI_SOURCES.values()), tokens=20_000, held_out=0.05))
+    corpus = build_corpus(MixtureConfig(sources=MIXTURES["three-formats"](), tokens=20_000, held_out=0.05))
     tokenizer = train_tokenizer(corpus["train"]["text"], 400)
     held_out = {source: pack_corpus(rows.text, tokenizer, 32) for source, rows in corpus["held_out"].to_pandas().groupby("source")}
     return PackedData(pack_corpus(corpus["train"]["text"], tokenizer, 32), batch_size=8, held_out=held_out)
@@ -92,7 +91,7 @@ def processes():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = get_context("forkserver")
     context.set_forkserver_preload(["pytest", "echochamber.data.corpora", "echochamber.training.pretraining",
-                                    "echochamber.training.expert_iteration", "echochamber.training.ppo"])
+                                    "echochamber.training.expert_iteration", "echochamber.training.toy"])
     return context
 
 
