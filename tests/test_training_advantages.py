@@ -170,7 +170,7 @@ def test_expected_gradients_of_group_estimators(samples, seed):
     pass_rate = probabilities(table) @ rewards
     truth = gradient(pass_rate, table)
     close(listed_gradient(leave_one_out_advantages, [table], rewards, samples), truth)
-    close(listed_gradient(GROUP_ESTIMATORS["group_mean"], [table], rewards, samples), (1 - 1 / samples) * truth)
+    close(listed_gradient(GROUP_ESTIMATORS["dr_grpo"], [table], rewards, samples), (1 - 1 / samples) * truth)
     factor = multiplier(group_advantages, [pass_rate.item()], samples)
     close(listed_gradient(group_advantages, [table], rewards, samples), factor * truth)
 

@@ -99,8 +99,8 @@ def test_grpo_equals_trl(seed, beta, low, high, normaliser):
     same_loss_and_gradient(loss, average(per_token, batch.mask, normaliser), batch.log_probs)
 
     logged, mask = mean_statistics(statistics), batch.mask  # clip_ratio/low_mean, clip_ratio/high_mean
-    assert logged["clip_low"] == pytest.approx(((ratio < 1 - low) & (advantage < 0))[mask].double().mean().item())
-    assert logged["clip_high"] == pytest.approx(((ratio > 1 + high) & (advantage > 0))[mask].double().mean().item())
+    assert logged["clip_fraction_low"] == pytest.approx(((ratio < 1 - low) & (advantage < 0))[mask].double().mean().item())
+    assert logged["clip_fraction_high"] == pytest.approx(((ratio > 1 + high) & (advantage > 0))[mask].double().mean().item())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -363,13 +363,13 @@ def test_statistics_are_defined_as_in_the_table():
     moved, ahead = ((batch.log_probs - other)[batch.mask].detach() for other in (batch.behaviour, batch.reference))
     expected = {
         "tokens": batch.mask.sum(), "ratio": moved.exp().mean(), "ratio_max": moved.exp().max(),
-        "behaviour_gap": moved.abs().mean(), "behaviour_gap_max": moved.abs().max(),
+        "log_ratio_abs": moved.abs().mean(), "log_ratio_abs_max": moved.abs().max(),
         "kl_behaviour_k1": -moved.mean(), "kl_behaviour_k3": (moved.exp() - 1 - moved).mean(),
         "kl_reference_k1": ahead.mean(), "kl_reference_k3": ((-ahead).exp() - 1 + ahead).mean(),
         "entropy": entropy[batch.mask].mean(),
     }
     logged = mean_statistics(statistics)
-    assert set(logged) == {*expected, "clip_low", "clip_high"}
+    assert set(logged) == {*expected, "clip_fraction_low", "clip_fraction_high"}
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value.item()), name
     assert not any(value.requires_grad for value in statistics.values())
