@@ -154,8 +154,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache=None, mask: Tensor | None = None) -> Tensor:
         "Final normalised states [B, T, D]. `positions` [B, T] default to 0…T-1; `mask` [B, 1, T, S]: t may see s."
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]          # [1, T]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
         turn = rotation(positions, self.config.width // self.config.heads, self.config.rope_theta)
         x = self.embedding(tokens)                                                         # [B, T, D]
         for block in self.blocks:
@@ -166,7 +165,8 @@ class Decoder(nn.Module):
         "States [..., D] → logits [..., V]."
         return functional.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None,
+                mask: Tensor | None = None) -> Tensor:
         return self.logits(self.hidden(tokens, positions, cache, mask))                    # [B, T, V]
 
 # %% ../../nbs/models/00_decoder.ipynb #e7d46936
