@@ -8,7 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from echochamber.core import StudyError
 from echochamber.data.corpora import (
-    MINI_SOURCES,
+    MIXTURES,
     PIECE,
     MixtureConfig,
     SourceConfig,
@@ -19,7 +19,7 @@ from echochamber.data.corpora import (
 from echochamber.data.formats import recognise
 from echochamber.data.problems import split_of
 
-SOURCES = tuple(MINI_SOURCES.values())
+SOURCES = MIXTURES["equal"]()
 WEIGHTS = st.sampled_from([0.0, 0.5, 1.0, 3.0])
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError, project_root
-from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
+from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import (
     END_TOKEN,
     PackedData,
@@ -24,7 +24,7 @@ from echochamber.data.tokens import (
     train_tokenizer,
 )
 
-CORPUS = build_corpus(MixtureConfig(tokens=50_000, background=0.2, sources=tuple(MINI_SOURCES.values())))["train"]
+CORPUS = build_corpus(MixtureConfig(tokens=50_000, background=0.2, sources=MIXTURES["three-formats"]()))["train"]
 TOKENIZER = train_tokenizer(CORPUS["text"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 

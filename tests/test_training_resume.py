@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echochamber.core import StudyError
-from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
+from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import PackedData, pack_corpus, train_tokenizer
 from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
@@ -33,7 +33,7 @@ SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_toke
 
 def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained:
     torch.manual_seed(0)
-    texts = build_corpus(MixtureConfig(sources=tuple(MINI_SOURCES.values()), tokens=20_000))["train"]["text"]
+    texts = build_corpus(MixtureConfig(sources=MIXTURES["three-formats"](), tokens=20_000))["train"]["text"]
     data = PackedData(pack_corpus(texts, train_tokenizer(texts, 400), 32), batch_size=8)
     model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
     fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
