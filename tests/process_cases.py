@@ -12,8 +12,9 @@ import torch
 from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
 from echochamber.training.critic import CriticConfig
+from echochamber.training.distributed import process_rank
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
-from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots, process_rank
+from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
 from echochamber.training.grpo import grpo_config, reinforce_config
 from echochamber.training.policy import PolicyConfig, train_policy
 from echochamber.training.ppo import ppo_config

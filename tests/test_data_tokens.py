@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError, project_root
@@ -30,14 +30,12 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXT)
-@settings(max_examples=500, deadline=None)
 def test_every_text_survives_the_round_trip(text):
     tokens = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(tokens) == text and END_TOKEN not in tokens
 
 
 @given(TEXT.map(str.rstrip), TEXT)
-@settings(max_examples=500, deadline=None)
 def test_the_tokens_of_a_prompt_begin_those_of_its_document(question, solution):
     prompt = TOKENIZER.encode(question).ids
     assert TOKENIZER.encode(f"{question}\n\n{solution}").ids[:len(prompt)] == prompt
@@ -73,7 +71,6 @@ def test_missing_or_corrupt_tokenizer_is_one_sentence(tmp_path, content):
 
 
 @given(st.lists(st.lists(st.integers(1, 60_000), max_size=20), max_size=20), st.integers(1, 12))
-@settings(deadline=None)
 def test_packing_keeps_the_stream(documents, context):
     rows = pack_documents(documents, context)
     stream = [token for document in documents for token in (*document, END_TOKEN)]
@@ -84,7 +81,6 @@ def test_packing_keeps_the_stream(documents, context):
 
 
 @given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 3))
-@settings(deadline=None)
 def test_positions_are_a_pure_function(rows, start, length, seed):
     whole = rows_at(0, start + length + 1, rows, seed)
     assert (rows_at(start, start + length, rows, seed) == whole[start:start + length]).all()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import OlmoConfig, OlmoForCausalLM
@@ -83,7 +83,6 @@ def test_weights_in_several_files_are_read_and_a_lost_one_is_noticed(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_cut_anywhere_is_refused(saved, data):
     folder, _ = saved
     name = data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))

@@ -1,7 +1,7 @@
 "The decoder against Transformers' OLMo at any shape: logits, gradients, parameter counts and weights there and back."
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
@@ -39,7 +39,6 @@ def loaded(model: OlmoForCausalLM, decoder: Decoder) -> OlmoForCausalLM:
 
 
 @given(shapes(), seeds, st.integers(1, 6), st.integers(2, 40))
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, length):
     torch.manual_seed(seed)
     decoder = Decoder(config)
@@ -58,7 +57,6 @@ def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, leng
 
 
 @given(shapes(), seeds)
-@settings(max_examples=25, deadline=None)
 def test_weights_of_transformers_survive_the_way_here_and_back(config, seed):
     torch.manual_seed(seed)
     theirs = dict(reference(config).named_parameters())
@@ -77,7 +75,6 @@ def test_the_sizes_of_the_paper_count_alike_in_transformers(name, count):
 
 
 @given(seeds, st.integers(1, 5), st.integers(2, 30), st.integers(1, 2_000), st.sampled_from([0.3, 1.0, 2.0]))
-@settings(max_examples=25, deadline=None)
 def test_log_probabilities_do_not_depend_on_the_pieces(seed, rows, length, logits_at_once, temperature):
     torch.manual_seed(seed)
     decoder = Decoder(DecoderConfig(width=16, layers=1, heads=2, vocab_size=31, init_std=0.2))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StrictConfig, StudyError
@@ -46,7 +46,6 @@ def compute(run: Run) -> None:
 configs = st.builds(ToyConfig, rate=st.floats(0, 1), seed=st.integers(0, 9), model=st.text(max_size=5))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(configs, configs)
 def test_equal_configs_and_only_they_share_a_folder(one, other):
     assert (Run("toy", "a", one).reference == Run("toy", "a", other).reference) == (one.model_dump_json() == other.model_dump_json())

@@ -238,6 +238,6 @@ def test_a_second_pass_is_off_policy(name, tmp_path):
     history = train_by_policy(config, tmp_path).history
     for first, second in ((0, 1), (2, 3)):
         assert history.ratio_max[first] == pytest.approx(1, abs=1e-5) and history.sampler_gap[first] < 1e-5
-        assert history.behaviour_gap[second] > 1e-4 and abs(history.ratio_max[second] - 1) > 1e-3
+        assert history.log_ratio_abs[second] > 1e-4 and abs(history.ratio_max[second] - 1) > 1e-3
         assert pd.isna(history.sampler_gap[second])
         assert history.tokens[first] == history.tokens[second] and history.reward[first] == history.reward[second]

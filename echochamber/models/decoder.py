@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'SHORT', 'LOGITS_AT_ONCE', 'OLMO_NAMES', 'OLMO_FIXED', 'DecoderConfig', 'rotation', 'rotate', 'attend',
-           'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'meet_vocabulary', 'token_log_probs', 'to_olmo_config',
-           'from_olmo_config', 'to_olmo', 'from_olmo', 'fast_bf16']
+           'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'meet_vocabulary', 'token_log_probs',
+           'log_probs_and_entropy', 'to_olmo_config', 'from_olmo_config', 'to_olmo', 'from_olmo', 'fast_bf16']
 
 # %% ../../nbs/models/00_decoder.ipynb #ab04119d
 import torch
@@ -190,6 +190,23 @@ def token_log_probs(decoder: Decoder, tokens: Tensor, temperature: float = 1.0,
 
     hidden, targets = decoder.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()  # [N(T-1), D], [N(T-1)]
     return meet_vocabulary(log_probs, hidden, targets, decoder.config.vocab_size, logits_at_once).view(len(tokens), -1)
+
+# %% ../../nbs/models/00_decoder.ipynb #d9c13595
+def log_probs_and_entropy(decoder: Decoder, tokens: Tensor, mask: Tensor, temperature: float,
+                          logits_at_once: int | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability of the next token and entropy of its prediction [nats, fp32], both [N, T-1].
+
+    `tokens` [N, T]; where `mask` [N, T-1] is False both are 0. The entropy has no gradient."""
+    def log_prob_and_entropy(hidden: Tensor, targets: Tensor) -> Tensor:
+        log_probs = (decoder.logits(hidden).float() / temperature).log_softmax(-1)         # [M, V]
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs).sum(-1)                               # [M]
+        return torch.stack([log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy], -1)   # [M, 2]
+
+    hidden, targets = decoder.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask]            # [M, D], [M]
+    found = meet_vocabulary(log_prob_and_entropy, hidden, targets, decoder.config.vocab_size, logits_at_once)  # [M, 2]
+    nothing = torch.zeros(mask.shape, device=tokens.device)                                # [N, T-1]
+    return tuple(nothing.masked_scatter(mask, column) for column in found.unbind(-1))
 
 # %% ../../nbs/models/00_decoder.ipynb #4b2f7f54
 OLMO_NAMES = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", vocab_size="vocab_size",

@@ -90,8 +90,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/training/02_advantages.ipynb #bc44621f
 GROUP_ESTIMATORS = {
-    "group": group_advantages,                                              # GRPO
-    "group_mean": partial(group_advantages, scale=False),                   # Dr. GRPO
-    "leave_one_out": leave_one_out_advantages,                              # RLOO
-    "batch": batch_advantages,                                              # REINFORCE with batch baseline
+    "grpo": group_advantages,                                              # GRPO
+    "dr_grpo": partial(group_advantages, scale=False),                   # Dr. GRPO
+    "rloo": leave_one_out_advantages,                              # RLOO
+    "reinforce_batch": batch_advantages,                                              # REINFORCE with batch baseline
 }

@@ -17,20 +17,20 @@ def penalty(place: str, coefficient: float) -> dict:
 
 def grpo_config(steps: int, kl_coefficient: float = 0.0, **sizes) -> PolicyConfig:
     "GRPO; `sizes` are those of `policy_config`."
-    return policy_config("grpo", "group", LossConfig(**penalty("k3_in_loss", kl_coefficient)), steps, **sizes)
+    return policy_config("grpo", "grpo", LossConfig(**penalty("k3_in_loss", kl_coefficient)), steps, **sizes)
 
 # %% ../../nbs/training/08_grpo.ipynb #692bcc8a
 def dr_grpo_config(steps: int, kl_coefficient: float = 0.0, max_new_tokens: int = 1024, **sizes) -> PolicyConfig:
     "Dr. GRPO: GRPO without its two normalisations."
     loss = LossConfig(normaliser="constant", constant=max_new_tokens, **penalty("k3_in_loss", kl_coefficient))
-    return policy_config("dr_grpo", "group_mean", loss, steps, max_new_tokens=max_new_tokens, **sizes)
+    return policy_config("dr_grpo", "dr_grpo", loss, steps, max_new_tokens=max_new_tokens, **sizes)
 
 
 def rloo_config(steps: int, kl_coefficient: float = 0.0, **sizes) -> PolicyConfig:
     "RLOO: leave-one-out baseline, k1 in the reward."
-    return policy_config("rloo", "leave_one_out", LossConfig(**penalty("k1_in_reward", kl_coefficient)), steps, **sizes)
+    return policy_config("rloo", "rloo", LossConfig(**penalty("k1_in_reward", kl_coefficient)), steps, **sizes)
 
 
 def reinforce_config(steps: int, kl_coefficient: float = 0.0, **sizes) -> PolicyConfig:
     "REINFORCE with batch baseline, k1 in the reward."
-    return policy_config("reinforce", "batch", LossConfig(**penalty("k1_in_reward", kl_coefficient)), steps, **sizes)
+    return policy_config("reinforce", "reinforce_batch", LossConfig(**penalty("k1_in_reward", kl_coefficient)), steps, **sizes)

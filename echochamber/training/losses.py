@@ -112,15 +112,15 @@ def policy_statistics(log_ratio: Tensor, to_reference: Tensor | None, advantages
                       config: LossConfig, entropy: Tensor | None = None) -> dict[str, Tensor]:
     "Sums over live tokens and maxima, as defined in the table above; all inputs [N, T]."
     ratio, gap = log_ratio.exp(), log_ratio.abs()
-    per_token = {"ratio": ratio, "behaviour_gap": gap,
-                 "clip_low": (ratio < 1 - config.clip_low) & (advantages < 0),
-                 "clip_high": (ratio > 1 + config.clip_high) & (advantages > 0),
+    per_token = {"ratio": ratio, "log_ratio_abs": gap,
+                 "clip_fraction_low": (ratio < 1 - config.clip_low) & (advantages < 0),
+                 "clip_fraction_high": (ratio > 1 + config.clip_high) & (advantages > 0),
                  "kl_behaviour_k1": k1(-log_ratio), "kl_behaviour_k3": k3(-log_ratio)}
     if to_reference is not None:
         per_token |= {"kl_reference_k1": k1(to_reference), "kl_reference_k3": k3(to_reference)}
     if entropy is not None:
         per_token["entropy"] = entropy
-    maxima = {"ratio_max": torch.where(live, ratio, 0.).max(), "behaviour_gap_max": torch.where(live, gap, 0.).max()}
+    maxima = {"ratio_max": torch.where(live, ratio, 0.).max(), "log_ratio_abs_max": torch.where(live, gap, 0.).max()}
     return sum_statistics(per_token, live) | maxima
 
 # %% ../../nbs/training/03_losses.ipynb #8a6dfc11

@@ -28,8 +28,9 @@ from ..models.decoder import Decoder, token_log_probs
 from ..models.generation import SamplingConfig
 from .advantages import GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten
 from .critic import Critic, CriticConfig, critic_advantages
-from .diagnostics import AlarmConfig, Alarms, rollout_statistics
-from .fitting import FitConfig, check_origin, fit, gather, make_optimiser, process_count, process_rank, together
+from .diagnostics import StopConfig, StopConditions, rollout_statistics
+from .distributed import gather, process_count, process_rank, together
+from .fitting import FitConfig, check_origin, fit, make_optimiser
 from echochamber.training.losses import (
     LossConfig,
     combine_statistics,
@@ -87,7 +88,7 @@ class PolicyConfig(StrictConfig):
     rollouts: RolloutConfig
     loss: LossConfig
     critic: CriticConfig | None = Field(None, description="PPO's critic, for advantage `gae`")
-    alarms: AlarmConfig = Field(AlarmConfig(), description="when to stop early")
+    stop: StopConfig = Field(StopConfig(), description="when to stop early")
     fit: FitConfig
 
     @property
@@ -124,14 +125,14 @@ def policy_config(algorithm: str, advantage: str, loss: LossConfig, steps: int, 
                   train_batch: int = 64, micro_batch: int | None = None, max_new_tokens: int = 1024, temperature: float = 0.7,
                   learning_rate: float = 1e-6, passes: int = 1, horizon: int | None = None, seed: int = 0, precision: str = "auto",
                   checkpoint_every: int = 10, processes: int = 1, critic: CriticConfig | None = None,
-                  alarms: AlarmConfig | None = None) -> PolicyConfig:
+                  stop: StopConfig | None = None) -> PolicyConfig:
     """An algorithm with the paper's sizes; `steps` counts optimiser steps, `horizon` (default `steps`) ends the cosine.
 
     `micro_batch`: rollouts per forward pass (default: a process's whole share of a step)."""
     horizon, micro_batch = horizon or steps, micro_batch or max(1, train_batch // processes)
     optimiser = dict(learning_rate=learning_rate, weight_decay=0.0, warmup=round(0.03 * horizon), horizon=horizon)
     return PolicyConfig.parse(dict(
-        algorithm=algorithm, advantage=advantage, loss=loss, critic=critic, alarms=alarms or AlarmConfig(),
+        algorithm=algorithm, advantage=advantage, loss=loss, critic=critic, stop=stop or StopConfig(),
         rollouts=dict(prompts=prompts, samples=samples, train_batch=train_batch, micro_batch=micro_batch, passes=passes,
                       seed=seed, sampling=dict(max_new_tokens=max_new_tokens, temperature=temperature)),
         fit=dict(optimiser=optimiser, steps=steps, accumulate=max(1, train_batch // (micro_batch * processes)), precision=precision,
@@ -157,7 +158,7 @@ def estimate_advantages(rewards: torch.Tensor, experience: dict[str, torch.Tenso
     "`advantages` [N] or [N, T-1] of `rewards` [B, G], and with a critic its targets `returns` [N, T-1]."
     behaviour, mask = experience["behaviour_log_probs"], experience["mask"]  # [N, T-1]
     charged = config.loss.kl == "k1_in_reward"
-    late = charged and config.advantage == "batch"  # whitened after the price, which is in units of reward
+    late = charged and config.advantage == "reinforce_batch"  # whitened after the price, which is in units of reward
     estimator = torch.clone if config.critic else centre if late else GROUP_ESTIMATORS[config.advantage]
     outcome = estimator(rewards).flatten()  # [N]
     if not charged and not config.critic:
@@ -240,7 +241,7 @@ class RolloutData(L.LightningDataModule):
                                         config.sampling, self.grader, seeds=[seeds[i] for i in mine])
             started = time.perf_counter()
             experience = judge(rollouts, config, self.reference, self.critic)
-        rollouts.seconds["judge"] = time.perf_counter() - started
+        rollouts.seconds["score"] = time.perf_counter() - started
         return rollouts, experience
 
     def collect(self, rollout: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -305,9 +306,9 @@ class MeasuredTraining(L.LightningModule):
         losses, statistics = zip(*(part for parts in gather(self.parts) for part in parts), strict=True)
         losses = {name: sum(part[name] for part in losses) for name in losses[0]}
         metrics = mean_statistics(combine_statistics(statistics)) | losses | {"loss": sum(losses.values())} | self.facts
-        if "behaviour_gap" in metrics:
+        if "log_ratio_abs" in metrics:
             fresh = 1.0 if self.facts["fresh"] else float("nan")
-            metrics |= {"sampler_gap": fresh * metrics["behaviour_gap"], "sampler_gap_max": fresh * metrics["behaviour_gap_max"]}
+            metrics |= {"sampler_gap": fresh * metrics["log_ratio_abs"], "sampler_gap_max": fresh * metrics["log_ratio_abs_max"]}
         seconds, self.parts = time.perf_counter() - self.started, []
         metrics |= {"seconds_train": seconds, "tokens_per_second_train": metrics["tokens"] / seconds}
         self.log_dict({name: float(value) for name, value in metrics.items() if name != "fresh"}
@@ -367,10 +368,10 @@ def train_policy(policy: Decoder, tokenizer: Tokenizer, questions: Sequence[Ques
                  report: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
     """Train `policy` in place and return the history; continues from `folder` if it holds a resume point.
 
-    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when an alarm goes off."""
+    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when a stop condition is met."""
     check_origin(policy, folder)
     reference = deepcopy(policy).eval().requires_grad_(False) if config.loss.kl != "none" else None
     critic = Critic(policy) if config.critic else None
     data = RolloutData(policy, tokenizer, questions, grader, config, Path(folder), reference, critic)
-    alarms = Alarms(config.alarms, config.rollouts.steps_per_rollout, compares_groups=config.critic is None)
-    return fit(PolicyTraining(policy, config, critic), data, config.fit, folder, [*callbacks, alarms], report, metric="reward")
+    conditions = StopConditions(config.stop, config.rollouts.steps_per_rollout, compares_groups=config.critic is None)
+    return fit(PolicyTraining(policy, config, critic), data, config.fit, folder, [*callbacks, conditions], report, metric="reward")

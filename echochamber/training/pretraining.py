@@ -18,7 +18,8 @@ import torch
 from ..core import StudyError
 from ..data.tokens import PackedData
 from ..models.decoder import Decoder, token_log_probs
-from .fitting import FitConfig, fit, make_optimiser, process_count, process_device
+from .distributed import process_count, process_device
+from .fitting import FitConfig, fit, make_optimiser
 
 # %% ../../nbs/training/01_pretraining.ipynb #06e3ae90
 def next_token_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:

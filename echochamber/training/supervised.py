@@ -26,7 +26,8 @@ from ..data.formats import document, render_solution
 from ..data.problems import Problem
 from ..data.tokens import rows_at
 from ..models.decoder import Decoder
-from .fitting import FitConfig, OptimiserConfig, fit, process_rank
+from .distributed import process_rank
+from .fitting import FitConfig, OptimiserConfig, fit
 from .losses import LossConfig, loss_weights, sft_loss
 from .policy import WeightedTraining, cut
 from .rollouts import align, log_probs_and_entropy
