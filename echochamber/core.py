@@ -55,7 +55,7 @@ class StrictConfig(BaseModel):
     def load(cls, path: str | Path) -> Self:
         "Read a JSON file and validate it."
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise StudyError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON config") from None
         except ValueError as error:
@@ -109,7 +109,7 @@ def atomic_path(destination: str | Path):
 def write_text(destination: str | Path, text: str):
     "Write a text file atomically."
     with atomic_path(destination) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(destination: str | Path, values) -> None:
