@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'POWERS', 'HEADLINES', 'check_fields', 'check_row', 'gold_key', 'check_gold', 'read_completions',
-           'as_evaluation', 'headlines', 'remarks', 'undecided_remark', 'rehearse', 'table_place']
+           'as_evaluation', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'rehearse', 'table_place']
 
 # %% ../../nbs/grading/05_completions.ipynb #76caf183
 import os
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import StudyError
 from ..data.benchmarks import read_jsonl
-from .answers import read_gold
+from .answers import outcome_table, read_gold
 from .metrics import MOST_VOTES, summarise, vote_key
 
 # %% ../../nbs/grading/05_completions.ipynb #33df8537
@@ -123,6 +123,19 @@ def undecided_remark(count: int) -> str:
     return f"{counted} and count{'s' if one else ''} as wrong" if count else ''
 
 # %% ../../nbs/grading/05_completions.ipynb #78c75193
+def evaluation_lines(evaluation: pd.DataFrame, undecided: int = 0) -> list[str]:
+    "Outcomes by format, then for each mode the headlines with their intervals and what has to be known beside them."
+    counts = outcome_table(evaluation).rename_axis(index=None, columns="format")
+    lines = counts.map("{:,}".format).to_string().split("\n")
+    for mode, rows in evaluation.groupby("mode", sort=True):
+        questions = rows["problem"].nunique()
+        lines += ["", f"{mode}, {questions:,} question{'s' * (questions != 1)}, 95 % intervals over questions"]
+        lines += [f"  {row.measure:<20} {100 * row.value:6.2f} %   [{100 * row.low:.2f}, {100 * row.high:.2f}]"
+                  for row in headlines(rows).itertuples()]
+        lines += [f"  ({remark})" for remark in remarks(rows)]
+    return lines + (["", undecided_remark(undecided)] if undecided else [])
+
+# %% ../../nbs/grading/05_completions.ipynb #5f2a9226
 def rehearse(out: Path) -> None:
     "Raises `StudyError` unless a file can be written at a place, its missing folders included; leaves nothing behind."
     home = next(place for place in out.absolute().parents if os.path.exists(place))
@@ -137,7 +150,7 @@ def rehearse(out: Path) -> None:
         reason = f"{home} does not allow it" if isinstance(error, PermissionError) else error.strerror
         raise StudyError(f"{out}: cannot be written ({reason}); give another path") from None
 
-# %% ../../nbs/grading/05_completions.ipynb #cc661a7d
+# %% ../../nbs/grading/05_completions.ipynb #edbe6bf4
 def table_place(out: str | Path) -> Path:
     "A place for a table, `~` expanded. Raises `StudyError` unless it ends in `.parquet` and can be written."
     try:
