@@ -57,7 +57,7 @@ def read_config(file: Path) -> object:
 
 def trained_problems(run: Path | None) -> ProblemConfig | None:
     "The problems that a run names in its config: those of its prompts, or of its first source that has any."
-    match config := read_config(run / "config.json") if run else None:
+    match read_config(run / "config.json") if run else None:
         case {"problems": found}:
             pass
         case {"mixture": {"sources": [*sources]}}:
