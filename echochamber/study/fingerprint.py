@@ -52,7 +52,7 @@ def _module_file(name: str) -> Path | None:
 
 
 def reachable_sources(source: str, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
-    "Program text of every module of the project that a source leads to, by name; names starting with `leave_out` apart."
+    "Program text of every module of the project that a source leads to, by name; those named in `leave_out` apart."
     found, waiting = {}, imported_modules(source)
     while waiting:
         name = waiting.pop()

@@ -53,16 +53,12 @@ class Run:
         place = f"figures/{self.config.figure}" if self.stage == "figure" else f"experiments/{self.stage}"
         return notebooks_folder() / f"{place}.ipynb"
 
-    @property
-    def code(self) -> str:
-        "Version of the code that computes it; of a figure, what draws it included."
-        return code_version(self.notebook, () if self.stage == "figure" else NOT_COMPUTING)
-
     @cached_property
     def reference(self) -> str:
         "`stage/name-hash`: the hash covers config and code, and through the config the parents."
         return f"{self.stage}/{self.name}-{content_hash(self.config.model_dump_json(), self.code)}"
 
+    code = property(lambda self: code_version(self.notebook, () if self.stage == "figure" else NOT_COMPUTING))
     folder = property(lambda self: outputs_folder() / "runs" / self.reference)
     status = property(lambda self: folder_status(self.folder))
     done = property(lambda self: self.status == "done")
@@ -185,10 +181,9 @@ class Progress:
 # %% ../../nbs/study/01_runs.ipynb #e020a8cb
 @contextlib.contextmanager
 def locked(folder: Path, patience: float = 30.0, name: str = ".lock") -> Iterator[None]:
-    "Hold a lock of a run folder. Raises `StudyError` if another process holds it and reports nothing for `patience` seconds."
+    "Hold a lock of a run folder. Raises `StudyError` if its owner reports nothing for `patience` seconds."
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name)
-    _acquire(lock, folder, patience)
+    _acquire(lock := FileLock(folder / name), folder, patience)
     try:
         yield
     finally:
@@ -196,15 +191,13 @@ def locked(folder: Path, patience: float = 30.0, name: str = ".lock") -> Iterato
 
 
 def _acquire(lock: FileLock, folder: Path, patience: float) -> None:
-    heard, since = read_progress(folder), time.monotonic()
-    with contextlib.suppress(Timeout):
-        return lock.acquire(timeout=0)
-    print(f"{folder.name} is held by {lock_owner(folder)}; waiting for it.", flush=True)
-    while time.monotonic() - since < patience:
+    heard, since, wait = None, time.monotonic(), 0.0
+    while time.monotonic() - since <= patience:
         with contextlib.suppress(Timeout):
-            return lock.acquire(timeout=min(patience, 1.0))
+            return lock.acquire(timeout=wait)
         if (report := read_progress(folder)) != heard:
             heard, since = report, time.monotonic()
+        wait = min(patience, 1.0)
     raise StudyError(f"{folder}: {lock_owner(folder)} holds this run and has reported nothing for {patience:g} s; "
                      "wait until it ends, or end it, and run the command again")
 
@@ -227,8 +220,8 @@ def full_disk_as_error(place: Path) -> Iterator[None]:
         raise
     except Exception as error:
         existing = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in DISK_IS_FULL)
-        if full or shutil.disk_usage(existing).free < 2**20:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(error) for words in DISK_IS_FULL) or shutil.disk_usage(existing).free < 2**20:
             raise StudyError(f"{place}: no space left on the disk; free some and run the command again, "
                              "finished runs are kept") from error
         raise
@@ -238,11 +231,11 @@ def full_disk_as_error(place: Path) -> Iterator[None]:
 def open_run(run: Run, patience: float = 30.0) -> Iterator[Progress]:
     """Compute `run` inside this block: its folder is locked, config, cost and provenance are recorded.
 
-    Raises `StudyError` if it is finished already, damaged, held by another process, or not the run that was to be computed."""
+    Raises `StudyError` if it is finished, damaged, held by another process, or not the run that was to be computed."""
     folder, expected = run.folder, os.environ.get("ECHOCHAMBER_RUN")
     if expected not in (None, run.reference):
-        raise StudyError(f"{run.reference} is not {expected}, which was to be computed: the code or the notebook changed "
-                         "while the study ran; run the command again")
+        raise StudyError(f"{run.reference} is not {expected}, which was to be computed: the code or the notebook "
+                         "changed while the study ran; run the command again")
     with full_disk_as_error(folder), locked(folder, patience):
         progress = _begin(run)
         try:
@@ -260,7 +253,7 @@ def _begin(run: Run) -> Progress:
     "Refuse a finished folder, sweep an interrupted one, and write what is known at the start."
     if (run.folder / "DONE").exists():
         require_intact(run.folder)
-        raise StudyError(f"{run.folder}: this run is finished; read its files, or delete the folder to compute it again")
+        raise StudyError(f"{run.folder}: this run is finished; read its files, or delete it to compute it again")
     for leftover in run.folder.rglob(".*.tmp"):  # a write that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     write_json(run.folder / "config.json", run.config.model_dump(mode="json"))
@@ -271,10 +264,11 @@ def _begin(run: Run) -> Progress:
 
 
 def record_provenance(run: Run, progress: Progress, finished: str | None = None) -> None:
-    "Write what the run is computed with and what it has cost so far: seconds over all attempts, tokens if they were noted."
+    "Write what the run is computed with and what it has cost: seconds over all attempts, tokens if they were noted."
     write_json(run.folder / "provenance.json", {
         "stage": run.stage, "name": run.name, "code": run.code, "finished": finished,
-        "attempts": progress.last["attempts"], "seconds": round(progress.last["seconds"], 1), "tokens": None, **progress.facts,
+        "attempts": progress.last["attempts"], "seconds": round(progress.last["seconds"], 1), "tokens": None,
+        **progress.facts,
         "git": git_revision(), "hardware": hardware(), "versions": versions()})
 
 
