@@ -23,7 +23,7 @@ from .fitting import FitConfig, fit, make_optimiser
 
 # %% ../../nbs/training/01_pretraining.ipynb #06e3ae90
 def next_token_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
-    "Mean cross-entropy [nats per token] of the decoder on `rows [B, T+1]`."
+    "Mean cross-entropy of the decoder on rows of tokens [B, T+1]; scalar [nats per token]."
     return -token_log_probs(decoder, rows).mean()
 
 # %% ../../nbs/training/01_pretraining.ipynb #80eae792
@@ -43,11 +43,13 @@ class Pretraining(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer):
+        "After the gradients of all micro-batches and ranks are added up. Raises `StudyError` if the loss is no number."
         now, before = time.perf_counter(), self.clock
-        loss = float(self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))  # parts are of one size
+        parts = torch.stack(self.losses)  # [micro-batches], all of one size
+        loss = float(self.trainer.strategy.reduce(parts.mean(), reduce_op="mean"))
         if not math.isfinite(loss):
-            raise StudyError(f"the loss is {loss} after step {self.global_step}; lower the learning rate, the metrics up to here "
-                             "show what grew")
+            raise StudyError(f"the loss is {loss} after step {self.global_step}; lower the learning rate, the metrics up to "
+                             "here show what grew")
         self.log("loss", loss)
         self.log("tokens_per_second", process_count() * self.tokens / (now - before))
         self.losses, self.tokens, self.clock = [], 0, now
@@ -60,7 +62,8 @@ def pretrain(decoder: Decoder, data: PackedData, config: FitConfig, folder: Path
              report: Callable[[int, int, str], None] | None = None, compiled: bool = False) -> pd.DataFrame:
     """Pretrain `decoder` in place, resuming from `folder` if it holds a resume point; returns the history.
 
-    Raises `StudyError` where `compiled` asks for a compiler that the machine does not have."""
+    Raises `StudyError` where `compiled` asks for a compiler that the machine does not have, and for a loss that is no
+    longer a number."""
     try:
         return fit(Pretraining(decoder, config, compiled), data, config, folder, callbacks, report)
     except torch._dynamo.exc.BackendCompilerFailed as error:
