@@ -5,12 +5,12 @@ READY := .venv/.ready
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help reproduce test lint sync notebooks unit lab readme export clean
+.PHONY: help reproduce figures test fuzz lint sync notebooks unit lab readme export clean
 
 help:
 	@echo "make reproduce   pretrain, fine-tune, evaluate and draw the headline figure (ARGS='all --preset laptop --seeds 3')"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
-	@echo "make lab         open JupyterLab with a kernel for this project"
+	@echo "make lab         open JupyterLab at nbs/index.ipynb, with the project's kernel"
 	@echo "make export      write echochamber/*.py and README.md from the notebooks"
 	@echo "make clean       remove the environment and what notebooks left behind (outputs/ stays)"
 
@@ -20,6 +20,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Echo Chamber" > /dev/null
 	@touch $(READY)
 
 reproduce: $(READY)
@@ -39,16 +40,21 @@ notebooks: $(READY)
 unit: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
 
+# Served from here, because pictures lie in outputs/, and Jupyter shows nothing above its root. The environment's kernel
+# goes before one of the same name in the user's home. Root (of a container) has to be allowed.
 lab: $(READY)
-	@$(BIN)/python -m ipykernel install --sys-prefix --name echochamber --display-name "Echo Chamber"
-	@$(BIN)/jupyter lab nbs
+	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 export: $(READY)
 	@$(BIN)/nbdev_export
 	@$(MAKE) --no-print-directory readme
 
+README ?= README.md
 readme: $(READY)
-	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > README.md
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide-input nbs/index.ipynb \
+		| sed 's#(\.\./#(#g' | awk '/^```/ { inside = !inside; if (inside && $$0 == "```") $$0 = "```python" } 1' | cat -s > $(README)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

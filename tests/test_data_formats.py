@@ -5,7 +5,7 @@ import string
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from echochamber.core import project_root
@@ -90,7 +90,6 @@ PIECES = st.sampled_from(["def f():", "def ", "\n", "    return 1", "<llm-code>"
 
 
 @given(st.one_of(st.text(), st.lists(PIECES | st.text(max_size=3), max_size=30).map("".join)))
-@settings(max_examples=1000, deadline=None)
 def test_every_text_has_exactly_one_format(text):
     parsed = parse_completion(text)
     assert parsed.format in FORMATS and recognise(text) == parsed.format
@@ -104,7 +103,6 @@ WORDS = st.sampled_from(["default", "defined", "def", "def f", "define f(x)", "d
 
 
 @given(st.lists(WORDS, min_size=3, max_size=40).map(" ".join))
-@settings(max_examples=500, deadline=None)
 def test_prose_with_words_of_code_is_never_code(prose):
     sentence = f"So {prose}."
     assert recognise(sentence) == "other"
@@ -179,7 +177,6 @@ STYLES = st.builds(StyleConfig, docstring=st.sampled_from([0.0, 1.0]), short_nam
 
 
 @given(st.sampled_from(PROBLEMS), st.sampled_from(sorted(RENDERERS)), STYLES, st.integers(0, 99))
-@settings(max_examples=500, deadline=None)
 @example(PROBLEMS[0], "omi2", StyleConfig(), 0)
 def test_rendered_solutions_are_recognised_whatever_the_style(problem, format, style, seed):
     solution = render_solution(problem, format, style, random.Random(seed))

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError, project_root
-from echochamber.data.corpora import MINI_SOURCES, MixtureConfig, build_corpus
+from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import (
     END_TOKEN,
     PackedData,
@@ -24,30 +24,25 @@ from echochamber.data.tokens import (
     train_tokenizer,
 )
 
-CORPUS = build_corpus(MixtureConfig(tokens=50_000, background=0.2, sources=tuple(MINI_SOURCES.values())))["train"]
+CORPUS = build_corpus(MixtureConfig(tokens=50_000, background=0.2, sources=MIXTURES["three-formats"]()))["train"]
 TOKENIZER = train_tokenizer(CORPUS["text"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXT)
-@settings(max_examples=500, deadline=None)
 def test_every_text_survives_the_round_trip(text):
     tokens = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(tokens) == text and END_TOKEN not in tokens
 
 
 @given(TEXT.map(str.rstrip), TEXT)
-@settings(max_examples=500, deadline=None)
 def test_the_tokens_of_a_prompt_begin_those_of_its_document(question, solution):
     prompt = TOKENIZER.encode(question).ids
     assert TOKENIZER.encode(f"{question}\n\n{solution}").ids[:len(prompt)] == prompt
 
 
-def test_real_questions_begin_their_documents_and_survive():
-    path = project_root().parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-    if not path.exists():
-        pytest.skip("GSM8K is not here")
-    for row in map(json.loads, path.read_text().splitlines()):
+def test_real_questions_begin_their_documents_and_survive(real_file):
+    for row in map(json.loads, real_file("gsm8k").read_text(encoding="utf-8").splitlines()):
         document = row["question"].strip() + "\n\n" + row["answer"]
         prompt, tokens = TOKENIZER.encode(row["question"].strip()).ids, TOKENIZER.encode(document).ids
         assert tokens[:len(prompt)] == prompt and TOKENIZER.decode(tokens) == document
@@ -67,13 +62,12 @@ def test_vocabulary_is_bounded():
 @pytest.mark.parametrize("content", [None, "", "{}", "\0", "[1]"])
 def test_missing_or_corrupt_tokenizer_is_one_sentence(tmp_path, content):
     if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(StudyError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
 @given(st.lists(st.lists(st.integers(1, 60_000), max_size=20), max_size=20), st.integers(1, 12))
-@settings(deadline=None)
 def test_packing_keeps_the_stream(documents, context):
     rows = pack_documents(documents, context)
     stream = [token for document in documents for token in (*document, END_TOKEN)]
@@ -84,7 +78,6 @@ def test_packing_keeps_the_stream(documents, context):
 
 
 @given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 3))
-@settings(deadline=None)
 def test_positions_are_a_pure_function(rows, start, length, seed):
     whole = rows_at(0, start + length + 1, rows, seed)
     assert (rows_at(start, start + length, rows, seed) == whole[start:start + length]).all()
@@ -114,7 +107,7 @@ class Witness(lightning.LightningModule):
         self.seen.append(rows[:, 0].tolist())
         return self.weight * 0
     def on_train_end(self):
-        with open(f"{sys.argv[1]}/{self.trainer.global_rank}.json", "w") as file:
+        with open(f"{sys.argv[1]}/{self.trainer.global_rank}.json", "w", encoding="utf-8") as file:
             json.dump(self.seen, file)
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters())
@@ -127,12 +120,12 @@ trainer.fit(Witness(), PackedData(rows, batch_size=8, seed=3))
 
 
 def test_two_processes_share_each_batch_of_one(tmp_path):
-    (tmp_path / "witness.py").write_text(WITNESS)
+    (tmp_path / "witness.py").write_text(WITNESS, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
     done = subprocess.run([sys.executable, "witness.py", str(tmp_path)], cwd=tmp_path, env=environment, timeout=120,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    ranks = [json.loads((Path(tmp_path) / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads((Path(tmp_path) / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for step in range(6):  # two micro-batches of two rows on each of two ranks
         parts = [ranks[rank][2 * step + micro_batch] for micro_batch in (0, 1) for rank in (0, 1)]
         assert [len(part) for part in parts] == [2, 2, 2, 2]

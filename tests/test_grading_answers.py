@@ -5,7 +5,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import project_root
@@ -90,7 +90,6 @@ def test_audit_of_real_answers():
 # Numbers
 
 
-@settings(deadline=None)
 @given(value=st.fractions(max_denominator=10**6))
 def test_any_fraction_survives_its_spellings(value):
     assert parse_number(str(value)) == value
@@ -98,13 +97,11 @@ def test_any_fraction_survives_its_spellings(value):
     assert parse_number(f"${value.numerator:,}/{value.denominator}$") == value
 
 
-@settings(deadline=None)
 @given(value=st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**12), max_value=10**12))
 def test_any_decimal_is_read_exactly(value):
     assert parse_number(f"{value:f}") == parse_number(f"\\${value:,f}") == Fraction(value)
 
 
-@settings(deadline=None)
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_reading_a_float_is_idempotent_and_close(value):
     text = read_value(repr(value))
@@ -114,7 +111,6 @@ def test_reading_a_float_is_idempotent_and_close(value):
         assert abs(number - Fraction(value)) <= max(1, abs(Fraction(value))) * Fraction(5, 10**12)
 
 
-@settings(deadline=None)
 @given(value=st.integers(-(10**6), 10**6), places=st.integers(0, 5), noise=st.floats(-1e-15, 1e-15))
 def test_noise_in_the_last_digits_is_read_away(value, places, noise):
     exact = Fraction(value, 10**places)
@@ -127,7 +123,6 @@ def test_round_float_keeps_integers():
         assert round_float(value) == value
 
 
-@settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=300) | st.text(alphabet="0123456789.,/-+$%\\{}() efracboxdtext#\n", max_size=300))
 def test_no_text_breaks_the_readers(text):
     normalise(text), parse_number(text), prose_answer(text), read_value(text)
@@ -202,7 +197,6 @@ def test_what_prose_answers(grader, prose, outcome, strict):
     assert grade.format in ("omi2", "other") and (grade.outcome, grade.strict) == (outcome, strict)
 
 
-@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(max_size=200), max_size=4))
 def test_any_completion_gets_a_grade(grader, texts):
     grades = grader.grade(texts, ["18"] * len(texts))

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError
@@ -42,7 +42,6 @@ def test_a_judge_that_cannot_start_is_one_sentence(monkeypatch):
         LatexJudge()("1", "2")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60) | st.text(alphabet="0123456789xk+-*/^_(){}[]\\frac sqrt pi,=", max_size=40))
 def test_any_text_gets_a_verdict(judge, text):
     assert judge("7", text) in (True, False)

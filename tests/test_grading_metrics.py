@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError
@@ -53,7 +53,6 @@ def pick(summary: pd.DataFrame, metric: str, **labels) -> pd.Series:
 # pass@k and maj@k
 
 
-@settings(deadline=None)
 @given(samples=st.integers(1, 300), data=st.data())
 def test_pass_at_k_is_a_probability_that_grows(samples, data):
     correct = data.draw(st.integers(0, samples))
@@ -72,7 +71,6 @@ def test_k_beyond_the_samples_is_refused(k):
         summarise(imagine(3, 4), ks=(1, k))
 
 
-@settings(max_examples=60, deadline=None)
 @given(correct=st.integers(0, 3), wrong=st.lists(st.integers(1, 3), max_size=3), silent=st.integers(0, 2))
 def test_majority_equals_all_subsets(correct, wrong, silent):
     votes = ["right"] * correct + [f"wrong {i}" for i, count in enumerate(wrong) for _ in range(count)] + [None] * silent
@@ -86,7 +84,6 @@ def test_majority_equals_all_subsets(correct, wrong, silent):
 
 
 @given(correct=st.integers(0, 40), wrong=st.lists(st.integers(1, 30), max_size=6), silent=st.integers(0, 20))
-@settings(max_examples=60, deadline=None)
 def test_majority_is_bounded_by_pass_and_starts_at_the_accuracy(correct, wrong, silent):
     samples = correct + sum(wrong) + silent
     curve = majority_curve(correct, tuple(sorted(wrong)), silent)

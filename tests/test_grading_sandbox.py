@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError
@@ -35,7 +35,6 @@ def test_limits_cannot_be_switched_off(config):
         SandboxConfig.parse(config)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(program=st.text(max_size=200) | st.text(alphabet="()[]{}:=\n \"'\\def x0+-*/.,\0\ud800", max_size=200))
 def test_any_text_has_an_outcome(sandbox, program):
     [result, after] = sandbox.run([program, "6 * 7"])

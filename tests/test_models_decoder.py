@@ -1,20 +1,12 @@
 "The decoder against Transformers' OLMo at any shape: logits, gradients, parameter counts and weights there and back."
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from echochamber.models.decoder import (
-    DECODERS,
-    Decoder,
-    DecoderConfig,
-    from_olmo,
-    from_olmo_config,
-    to_olmo,
-    to_olmo_config,
-    token_log_probs,
-)
+from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig, token_log_probs
+from echochamber.models.olmo import from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
 seeds = st.integers(0, 2**31)
@@ -39,7 +31,6 @@ def loaded(model: OlmoForCausalLM, decoder: Decoder) -> OlmoForCausalLM:
 
 
 @given(shapes(), seeds, st.integers(1, 6), st.integers(2, 40))
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, length):
     torch.manual_seed(seed)
     decoder = Decoder(config)
@@ -50,15 +41,14 @@ def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, leng
     assert (logits - olmo(tokens).logits).abs().max() < 1e-4
     (-token_log_probs(decoder, tokens).mean()).backward()
     olmo(tokens, labels=tokens).loss.backward()
-    here = to_olmo({name: weight.grad for name, weight in decoder.named_parameters()}, config)
-    there = {name: weight.grad for name, weight in olmo.named_parameters()}
-    assert here.keys() == there.keys()
-    for name, gradient in there.items():
-        torch.testing.assert_close(here[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    ours = to_olmo({name: weight.grad for name, weight in decoder.named_parameters()}, config)
+    theirs = {name: weight.grad for name, weight in olmo.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @given(shapes(), seeds)
-@settings(max_examples=25, deadline=None)
 def test_weights_of_transformers_survive_the_way_here_and_back(config, seed):
     torch.manual_seed(seed)
     theirs = dict(reference(config).named_parameters())
@@ -77,7 +67,6 @@ def test_the_sizes_of_the_paper_count_alike_in_transformers(name, count):
 
 
 @given(seeds, st.integers(1, 5), st.integers(2, 30), st.integers(1, 2_000), st.sampled_from([0.3, 1.0, 2.0]))
-@settings(max_examples=25, deadline=None)
 def test_log_probabilities_do_not_depend_on_the_pieces(seed, rows, length, logits_at_once, temperature):
     torch.manual_seed(seed)
     decoder = Decoder(DecoderConfig(width=16, layers=1, heads=2, vocab_size=31, init_std=0.2))

@@ -5,13 +5,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from echochamber.models import generation
-from echochamber.models.decoder import Decoder, DecoderConfig, to_olmo, to_olmo_config, token_log_probs
-from echochamber.models.generation import Cache, SamplingConfig, generate
+from echochamber.models.decoder import Decoder, DecoderConfig, token_log_probs
+from echochamber.models.generation import Cache, SamplingConfig, compact, generate
+from echochamber.models.olmo import to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
 VOCABULARY = 61
@@ -35,7 +36,6 @@ def batches(draw) -> list[list[int]]:
 
 @given(batches(), st.integers(1, 5), temperatures, st.integers(1, 60), st.integers(1, 40), st.randoms(use_true_random=False),
        st.integers(0, 3))
-@settings(max_examples=60, deadline=None, derandomize=True)
 def test_completions_do_not_depend_on_split_order_or_company(prompts, samples, temperature, batch_rows, limit, random, model):
     decoder, sampling = decoder_of(model), SamplingConfig(max_new_tokens=limit, temperature=temperature)
     whole = generate(decoder, prompts, samples, sampling, seeds=range(len(prompts)))
@@ -50,7 +50,6 @@ def test_completions_do_not_depend_on_split_order_or_company(prompts, samples, t
 
 
 @given(batches(), temperatures, st.integers(1, 70), st.integers(0, 3))
-@settings(max_examples=60, deadline=None, derandomize=True)
 def test_log_probabilities_are_those_of_a_plain_forward_pass(prompts, temperature, limit, model):
     decoder = decoder_of(model)
     found = generate(decoder, prompts, 3, SamplingConfig(max_new_tokens=limit, temperature=temperature), seeds=model)
@@ -85,14 +84,13 @@ def test_greedy_is_the_greedy_text_of_transformers(model):
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=12, max_size=12), max_size=8), st.integers(0, 2**31))
-@settings(max_examples=200, deadline=None)
 def test_compaction_keeps_the_living_rows_whole_whatever_the_pattern(patterns, seed):
     torch.manual_seed(seed)
     cache = Cache(CONFIG, 12, 10, torch.float32, torch.device("cpu"))
     history = {row: [] for row in range(12)}                                           # what each row has written
     live = torch.arange(12)
     for pattern in [[True] * 12, *patterns]:
-        order = cache.keep(going := torch.tensor(pattern)[:len(live)])
+        order = compact(cache, going := torch.tensor(pattern)[:len(live)])
         assert sorted(live[order].tolist()) == sorted(live[going].tolist())
         live = live[order]
         if not len(live):

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from listed_language import LIVE, STATE, gradient, probabilities, random_rewards, random_table, token_log_probs
 
@@ -41,7 +41,6 @@ def stretches(seed: int, rows: int, width: int) -> torch.Tensor:
 
 
 @given(seeds, st.integers(1, 5), st.integers(2, 9), st.sampled_from(sorted(GROUP_ESTIMATORS)))
-@settings(max_examples=60, deadline=None)
 def test_properties_shared_by_all_group_estimators(seed, prompts, samples, name):
     estimator, rewards = GROUP_ESTIMATORS[name], noise(seed, prompts, samples)
     advantages = estimator(rewards)
@@ -54,7 +53,6 @@ def test_properties_shared_by_all_group_estimators(seed, prompts, samples, name)
 
 
 @given(st.floats(-1e3, 1e3, width=32), st.integers(2, 64), st.sampled_from(sorted(GROUP_ESTIMATORS)))
-@settings(max_examples=100, deadline=None)
 def test_equal_rewards_give_exactly_zero(reward, samples, name):
     assert GROUP_ESTIMATORS[name](torch.full((3, samples), reward)).count_nonzero() == 0
 
@@ -126,7 +124,6 @@ def test_penalised_rewards_equal_the_release():
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
 def test_gae_equals_the_double_sum_with_rubbish_around(seed, rows, width, gamma, lam):
     mask = stretches(seed, rows, width)
     rewards, values = noise(seed, rows, width).double(), noise(seed + 1, rows, width).double()
@@ -173,7 +170,7 @@ def test_expected_gradients_of_group_estimators(samples, seed):
     pass_rate = probabilities(table) @ rewards
     truth = gradient(pass_rate, table)
     close(listed_gradient(leave_one_out_advantages, [table], rewards, samples), truth)
-    close(listed_gradient(GROUP_ESTIMATORS["group_mean"], [table], rewards, samples), (1 - 1 / samples) * truth)
+    close(listed_gradient(GROUP_ESTIMATORS["dr_grpo"], [table], rewards, samples), (1 - 1 / samples) * truth)
     factor = multiplier(group_advantages, [pass_rate.item()], samples)
     close(listed_gradient(group_advantages, [table], rewards, samples), factor * truth)
 
@@ -232,7 +229,6 @@ def test_k1_in_the_reward_is_the_gradient_of_the_divergence_of_completions(seed)
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 6), st.floats(-1e4, 1e4))
-@settings(max_examples=60, deadline=None)
 def test_whitening_standardises_what_is_live(seed, rows, width, offset):
     values, mask = noise(seed, rows, width) + offset, stretches(seed, rows, width)
     values[~mask] = torch.nan

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from listed_language import (
     LIVE,
@@ -99,8 +99,8 @@ def test_grpo_equals_trl(seed, beta, low, high, normaliser):
     same_loss_and_gradient(loss, average(per_token, batch.mask, normaliser), batch.log_probs)
 
     logged, mask = mean_statistics(statistics), batch.mask  # clip_ratio/low_mean, clip_ratio/high_mean
-    assert logged["clip_low"] == pytest.approx(((ratio < 1 - low) & (advantage < 0))[mask].double().mean().item())
-    assert logged["clip_high"] == pytest.approx(((ratio > 1 + high) & (advantage > 0))[mask].double().mean().item())
+    assert logged["clip_fraction_low"] == pytest.approx(((ratio < 1 - low) & (advantage < 0))[mask].double().mean().item())
+    assert logged["clip_fraction_high"] == pytest.approx(((ratio > 1 + high) & (advantage > 0))[mask].double().mean().item())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,7 +203,6 @@ def test_k1_as_a_loss_does_nothing(seed):
 
 
 @given(seeds, st.floats(0.01, 3))
-@settings(max_examples=50, deadline=None)
 def test_estimators_in_exact_expectation(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.randn(6, generator=generator, dtype=torch.float64).mul(scale).log_softmax(-1) for _ in range(2))
@@ -214,7 +213,6 @@ def test_estimators_in_exact_expectation(seed, scale):
 
 
 @given(st.floats(-20, 20, width=32))
-@settings(max_examples=200, deadline=None)
 def test_k3_is_never_negative_in_float32(distance):
     d = torch.tensor(distance)
     assert k3(d) >= 0
@@ -225,7 +223,6 @@ def test_k3_is_never_negative_in_float32(distance):
 
 
 @given(seeds, st.sampled_from(sorted(NORMALISERS)), st.lists(st.integers(0, 4), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
 def test_loss_gradient_and_statistics_do_not_depend_on_the_cut(seed, normaliser, sizes):
     batch = Batch(seed, rows=max(sum(sizes), 1))
     config = LossConfig(**NORMALISERS[normaliser].model_dump() | {"kl": "k3_in_loss", "kl_coefficient": 0.1})
@@ -275,7 +272,6 @@ def test_statistics_of_nothing_are_finite():
 
 @given(seeds, st.sampled_from(sorted(NORMALISERS)), st.sampled_from([torch.nan, torch.inf, -torch.inf]),
        st.sampled_from(["none", "k1_in_reward", "k2_in_loss", "k3_in_loss"]))
-@settings(max_examples=60, deadline=None)
 def test_rubbish_in_tokens_that_do_not_count_changes_nothing(seed, normaliser, rubbish, kl):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(4, 6, generator=generator) < 0.5  # any pattern, empty rows included
@@ -316,7 +312,6 @@ def test_truncated_completions_are_kept_or_masked():
 
 
 @given(st.floats(-3, 3), st.floats(-2, 2), st.floats(0.05, 0.5), st.floats(0.05, 0.5))
-@settings(max_examples=200, deadline=None)
 def test_the_gradient_vanishes_where_the_clip_bites_and_only_there(log_ratio, advantage, low, high):
     x = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
     clipped_objective(x, torch.tensor(advantage, dtype=torch.float64), low, high).backward()
@@ -368,13 +363,23 @@ def test_statistics_are_defined_as_in_the_table():
     moved, ahead = ((batch.log_probs - other)[batch.mask].detach() for other in (batch.behaviour, batch.reference))
     expected = {
         "tokens": batch.mask.sum(), "ratio": moved.exp().mean(), "ratio_max": moved.exp().max(),
-        "behaviour_gap": moved.abs().mean(), "behaviour_gap_max": moved.abs().max(),
+        "log_ratio_abs": moved.abs().mean(), "log_ratio_abs_max": moved.abs().max(),
         "kl_behaviour_k1": -moved.mean(), "kl_behaviour_k3": (moved.exp() - 1 - moved).mean(),
         "kl_reference_k1": ahead.mean(), "kl_reference_k3": ((-ahead).exp() - 1 + ahead).mean(),
         "entropy": entropy[batch.mask].mean(),
     }
     logged = mean_statistics(statistics)
-    assert set(logged) == {*expected, "clip_low", "clip_high"}
+    assert set(logged) == {*expected, "clip_fraction_low", "clip_fraction_high"}
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value.item()), name
     assert not any(value.requires_grad for value in statistics.values())
+
+
+@pytest.mark.parametrize("far", [-1e3, -200., 200., 1e3])
+def test_a_token_that_went_astray_leaves_every_statistic_finite(far):
+    "The objective bounds the log-ratio before it exponentiates; a mean that is logged beside it must do so too."
+    log_probs, behaviour, reference = torch.zeros(1, 2), torch.tensor([[-far, 0.]]), torch.tensor([[-far, 0.]])
+    loss, statistics = policy_loss(log_probs, behaviour, reference, torch.ones(1), torch.full((1, 2), 0.5), LossConfig())
+    assert loss.isfinite() and all(value.isfinite() for value in statistics.values())
+    assert statistics["log_ratio_abs_max"] == abs(far)  # what happened is still told
+    assert statistics["ratio_max"] == torch.tensor(min(far, 20.)).exp().clamp(min=1)

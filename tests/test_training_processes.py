@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echochamber.core import StudyError, project_root
-from echochamber.training.fitting import together
+from echochamber.training.distributed import together
 
 HERE = Path(__file__).parent
 
@@ -100,7 +100,7 @@ import sys
 sys.ps1 = ">>> "
 from process_cases import grpo_config, toy_task, train_policy
 from echochamber.core import StudyError
-from echochamber.training.fitting import process_rank
+from echochamber.training.distributed import process_rank
 
 class Broken:
     def grade(self, completions, answers):

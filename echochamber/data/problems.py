@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'THINGS', 'FOODS', 'FAMILIES', 'events', 'first', 'later', 'Split', 'BUCKETS', 'Quantity', 'Step', 'Problem',
-           'calculate', 'solve', 'Event', 'Family', 'cast', 'tell', 'ProblemConfig', 'out_of_distribution',
-           'admissible', 'draw_chain', 'split_of', 'problem_stream', 'generate_problems']
+           'calculate', 'solve', 'Event', 'Family', 'cast', 'tell', 'Bounds', 'valid_operands', 'any_between',
+           'values_before', 'Stories', 'first_numbers', 'next_events', 'stories', 'untellable', 'ProblemConfig',
+           'draw_chain', 'out_of_distribution', 'split_of', 'problem_stream', 'generate_problems']
 
 # %% ../../nbs/data/00_problems.ipynb #7f3966c9
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 from zlib import crc32
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
@@ -226,13 +229,113 @@ FAMILIES["packing"] = Family(
     "{name} sorts {n} {things}.", "{things}", first, later,
     "How many bags are there?", "number of bags")
 
+# %% ../../nbs/data/00_problems.ipynb #02367066
+class Bounds(NamedTuple):
+    "What the numbers of a story may be; ranges include both ends."
+    operands: tuple[int, int]  # amounts stated, added or subtracted
+    factors: tuple[int, int]   # multipliers and divisors
+    largest_result: int        # of the first number and of every result
+
+
+def valid_operands(operation: str, value: int, bounds: Bounds) -> list[int]:
+    "The numbers that `operation` may apply to a running value."
+    (low, high), (least, most) = bounds.operands, bounds.factors
+    if operation == "+":
+        return list(range(low, min(high, bounds.largest_result - value) + 1))
+    if operation == "-":
+        return list(range(low, min(high, value - 1) + 1))
+    if operation == "*":
+        return list(range(least, min(most, bounds.largest_result // value) + 1))
+    return [number for number in range(least, min(most, value - 1) + 1) if value % number == 0]
+
+# %% ../../nbs/data/00_problems.ipynb #947e2f1c
+def any_between(flags: np.ndarray, nearest: int, farthest: int) -> np.ndarray:
+    "For each index v whether any of `flags[v + nearest … v + farthest]` is set; bool, of the same length."
+    size, values = len(flags), np.arange(len(flags))
+    counts = np.concatenate([[0], np.cumsum(flags)])
+    return counts[(values + farthest + 1).clip(0, size)] > counts[(values + nearest).clip(0, size)]
+
+
+def values_before(operation: str, reachable: np.ndarray, bounds: Bounds) -> np.ndarray:
+    "From which positive values `operation` reaches a `reachable` one with a valid number; bool [largest_result + 1]."
+    (low, high), (least, most) = bounds.operands, bounds.factors
+    if operation in "+-":
+        before = any_between(reachable, *((low, high) if operation == "+" else (-high, -low)))
+    else:
+        before = np.zeros_like(reachable)
+        for factor in range(least, most + 1):
+            if operation == "*":                                       # v × factor is reachable
+                multiples = reachable[::factor]
+                before[: len(multiples)] |= multiples
+            else:                                                      # v = quotient × factor, the quotient from 2 on
+                products = before[2 * factor :: factor]
+                products |= reachable[2 : 2 + len(products)]
+    before[0] = False
+    return before
+
+# %% ../../nbs/data/00_problems.ipynb #3d0328fa
+class Stories:
+    "The chains of events that a family can tell within bounds; `told`: the latest events, oldest first."
+
+    def __init__(self, family: Family, bounds: Bounds):
+        self.family, self.bounds = family, bounds
+        self.endings = lru_cache(None)(self._endings)
+
+    def events(self, told: tuple[Event, ...]) -> list[tuple[Event, tuple[Event, ...]]]:
+        "The events that may come next, each with what is `told` after it."
+        keep = len(self.family.later) - 1
+        candidates = self.family.later if told else self.family.first
+        return [(event, (*told, event)[-keep:]) for event in candidates if event not in told]
+
+    def _endings(self, told: tuple[Event, ...], left: int) -> np.ndarray:
+        "E_left(told): from which values `left` more events can be told; bool [largest_result + 1]."
+        if left == 0:
+            return np.arange(self.bounds.largest_result + 1) > 0
+        return np.any([values_before(event.operation, self.endings(after, left - 1), self.bounds)
+                       for event, after in self.events(told)], axis=0)
+
+# %% ../../nbs/data/00_problems.ipynb #e0435835
+def first_numbers(tales: Stories, count: int) -> list[int]:
+    "With what a story of `count` events can begin; a heap that is to be divided is an amount times a factor."
+    (low, high), (least, most) = tales.bounds.operands, tales.bounds.factors
+    heaps = range(least, most + 1) if tales.family.first[0].operation == "/" else (1,)
+    numbers = [amount * factor for amount in range(low, high + 1) for factor in heaps]
+    good = tales.endings((), count)
+    return [number for number in numbers if number < len(good) and good[number]]
+
+
+@lru_cache(maxsize=2**16)
+def next_events(tales: Stories, value: int, told: tuple[Event, ...], left: int) -> list[tuple[Event, list[int]]]:
+    "The next events of a story of `left` more, each with the numbers that leave room for the rest."
+    moves = [(event, [number for number in valid_operands(event.operation, value, tales.bounds)
+                      if tales.endings(after, left - 1)[calculate(event.operation, value, number)]])
+             for event, after in tales.events(told)]
+    return [(event, numbers) for event, numbers in moves if numbers]
+
+# %% ../../nbs/data/00_problems.ipynb #8443e85b
+@lru_cache(maxsize=512)
+def stories(family: str, bounds: Bounds) -> Stories:
+    "The stories of one family, worked out once for the same bounds."
+    return Stories(FAMILIES[family], bounds)
+
+
+def untellable(family: str, counts: range, bounds: Bounds) -> str | None:
+    "Why a family has no story of one of these lengths, in one sentence; `None` if it has all of them."
+    for count in counts:
+        if not first_numbers(stories(family, bounds), count):
+            return (f"family {family} has no story of {count} operation{'s' * (count > 1)} with amounts "
+                    f"{list(bounds.operands)}, factors {list(bounds.factors)} and results up to "
+                    f"{bounds.largest_result}; raise `largest_result`, widen `operands` or `factors`, "
+                    "ask for fewer `operations`, or leave the family out")
+    return None
+
 # %% ../../nbs/data/00_problems.ipynb #e985d1d0
 class ProblemConfig(StrictConfig):
     "Which problems to generate. Ranges include both ends."
     operations: tuple[int, int] = Field((1, 3), description="fewest and most operations per problem [operations]")
     operands: tuple[int, int] = Field((2, 20), description="smallest and largest amount stated, added or subtracted")
     factors: tuple[int, int] = Field((2, 9), description="smallest and largest multiplier or divisor")
-    largest_result: int = Field(200, description="no intermediate result exceeds this", gt=0)
+    largest_result: int = Field(200, description="neither the first number nor any result exceeds this", gt=0)
     families: tuple[str, ...] = Field(tuple(FAMILIES), description="kinds of story, equally likely", min_length=1)
 
     @model_validator(mode="after")
@@ -243,45 +346,38 @@ class ProblemConfig(StrictConfig):
                 raise ValueError(f"{name} must be [low, high] with {smallest} <= low <= high, not [{low}, {high}]")
         if unknown := set(self.families) - set(FAMILIES):
             raise ValueError(f"unknown families {sorted(unknown)}; known are {sorted(FAMILIES)}")
+        counts = range(self.operations[0], self.operations[1] + 1)
+        if reasons := [reason for family in self.families if (reason := untellable(family, counts, self.bounds))]:
+            raise ValueError(reasons[0])
         return self
+
+    @property
+    def bounds(self) -> Bounds:
+        "What the numbers of a story may be."
+        return Bounds(self.operands, self.factors, self.largest_result)
+
+# %% ../../nbs/data/00_problems.ipynb #75b401b8
+def draw_chain(rng: random.Random, family: str, config: ProblemConfig) -> tuple[int, list[tuple[Event, int]]]:
+    "The first number of a story, and its events with theirs."
+    tales, count = stories(family, config.bounds), rng.randint(*config.operations)
+    start = value = rng.choice(first_numbers(tales, count))
+    chain: list[tuple[Event, int]] = []
+    told: tuple[Event, ...] = ()
+    for left in range(count, 0, -1):
+        event, numbers = rng.choice(next_events(tales, value, told, left))
+        chain.append((event, rng.choice(numbers)))
+        value, told = calculate(event.operation, value, chain[-1][1]), dict(tales.events(told))[event]
+    return start, chain
 
 # %% ../../nbs/data/00_problems.ipynb #42c37a0a
 def out_of_distribution(config: ProblemConfig) -> ProblemConfig:
-    "The same families with one or two operations more and amounts beyond the largest one of `config`."
+    """The same families with one or two operations more and amounts beyond the largest one of `config`.
+
+    Raises `StudyError` if no story of these families is that long within five times the largest result."""
     most, largest = config.operations[1], config.operands[1]
-    return config.model_copy(update={"operations": (most + 1, most + 2), "operands": (largest + 1, 3 * largest),
-                                     "largest_result": 5 * config.largest_result})
-
-# %% ../../nbs/data/00_problems.ipynb #02367066
-def admissible(operation: str, value: int, config: ProblemConfig) -> range | list[int]:
-    "The numbers that `operation` may apply to a running value."
-    (low, high), (least, most) = config.operands, config.factors
-    if operation == "+":
-        return range(low, min(high, config.largest_result - value) + 1)
-    if operation == "-":
-        return range(low, min(high, value - 1) + 1)
-    if operation == "*":
-        return range(least, min(most, config.largest_result // value) + 1)
-    return [number for number in range(least, min(most, value - 1) + 1) if value % number == 0]
-
-# %% ../../nbs/data/00_problems.ipynb #75b401b8
-def draw_chain(rng: random.Random, family: Family, config: ProblemConfig) -> tuple[int, list[tuple[Event, int]]] | None:
-    "The first number and the events with theirs; `None` for a dead end."
-    start = value = rng.randint(*config.operands)
-    if family.first[0].operation == "/":  # a heap that can be shared
-        start = value = value * rng.randint(*config.factors)
-    chain: list[tuple[Event, int]] = []
-    for index in range(rng.randint(*config.operations)):
-        events = family.later if index else family.first
-        told = {event for event, _ in chain[-len(events) + 1:]}
-        possible = [(event, numbers) for event in events
-                    if event not in told and (numbers := admissible(event.operation, value, config))]
-        if not possible or value > config.largest_result:
-            return None
-        event, numbers = rng.choice(possible)
-        chain.append((event, rng.choice(numbers)))
-        value = calculate(event.operation, value, chain[-1][1])
-    return start, chain
+    changes = {"operations": (most + 1, most + 2), "operands": (largest + 1, 3 * largest),
+               "largest_result": 5 * config.largest_result}
+    return ProblemConfig.parse(config.model_dump() | changes, where="problems beyond the distribution")
 
 # %% ../../nbs/data/00_problems.ipynb #3dfe1201
 Split = Literal["pretrain", "train", "test"]
@@ -293,25 +389,25 @@ def split_of(question: str) -> Split:
     return BUCKETS[crc32(question.encode()) % len(BUCKETS)]
 
 # %% ../../nbs/data/00_problems.ipynb #f7c06cdd
-def problem_stream(config: ProblemConfig, seed: int, split: Split) -> Iterator[Problem]:
-    "Endless problems of one split; without duplicates in `train` and `test`, `StudyError` when these run out."
-    rng, seen, failures = random.Random(f"{split}-{seed}"), set(), 0
-    while failures < 10_000:
-        failures += 1
+def problem_stream(config: ProblemConfig, seed: int | str, split: Split) -> Iterator[Problem]:
+    """Endless problems of one split, without duplicates in `train` and `test`.
+
+    Raises `StudyError` when these run out: after 10,000 problems in a row of other splits or already seen."""
+    rng, seen, misses = random.Random(f"{split}-{seed}"), set(), 0
+    while misses < 10_000:
         name = rng.choice(config.families)
-        if (drawn := draw_chain(rng, FAMILIES[name], config)) is None:
-            continue
-        problem = tell(name, *drawn, cast(rng))
+        problem = tell(name, *draw_chain(rng, name, config), cast(rng))
         if split_of(problem.question) != split or problem.question in seen:
+            misses += 1
             continue
         if split != "pretrain":
             seen.add(problem.question)
-        failures = 0
+        misses = 0
         yield problem
     raise StudyError(f"split {split}: found no further problem after {len(seen)}; "
                      "widen `operations`, `operands` or `families` of the problem config")
 
 
-def generate_problems(config: ProblemConfig, count: int, seed: int, split: Split) -> list[Problem]:
-    "The first `count` problems of a stream."
+def generate_problems(config: ProblemConfig, count: int, seed: int | str, split: Split) -> list[Problem]:
+    "The first `count` problems of a stream. Raises `StudyError` if `train` or `test` holds fewer."
     return list(islice(problem_stream(config, seed, split), count))

@@ -22,7 +22,8 @@ from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
 from .diagnostics import rollout_statistics
-from .fitting import Snapshots, check_origin, gather, process_count, process_device, process_rank, resolve_precision, together
+from .distributed import gather, process_count, process_device, process_rank, together
+from .fitting import Snapshots, check_origin, resolve_precision
 from .rollouts import GradesCompletions, Rollouts, rollouts_frame, row_seeds, sample_and_grade
 from .supervised import Example, SupervisedConfig, train_supervised
 
@@ -94,7 +95,7 @@ def pool(parts: Sequence[dict[str, float]], rows: Sequence[int]) -> dict[str, fl
     def count(name: str, part: dict[str, float], rows: int) -> float:
         "Completions behind an entry."
         within = part[f"share_{name.removeprefix('accuracy_')}"] if name.startswith("accuracy_") else 1.0
-        return rows * (1 - part["truncated"] if name == "completion_tokens_ended" else within)
+        return rows * (1 - part["truncation_rate"] if name == "completion_tokens_ended" else within)
 
     pooled = {}
     for name in dict.fromkeys(name for part in parts for name in part):

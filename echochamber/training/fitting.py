@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'History', 'AtomicCheckpointIO', 'ResumePoint',
-           'process_count', 'process_rank', 'process_device', 'gather', 'together', 'check_origin', 'Snapshots',
-           'logarithmic_steps', 'Report', 'FitConfig', 'resolve_precision', 'quiet_lightning', 'fit', 'make_loggers']
+           'check_origin', 'Snapshots', 'logarithmic_steps', 'Report', 'fast_bf16', 'FitConfig', 'resolve_precision',
+           'quiet_lightning', 'make_loggers', 'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
 
 # %% ../../nbs/training/00_fitting.ipynb #16a2477d
 import hashlib
@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError, atomic_path, write_frame, write_text
-from ..models.decoder import fast_bf16
+from .distributed import process_rank
 
 # %% ../../nbs/training/00_fitting.ipynb #f765d531
 class OptimiserConfig(StrictConfig):
@@ -39,7 +39,7 @@ class OptimiserConfig(StrictConfig):
     clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
     warmup: int = Field(0, ge=0, description="linear warm-up [optimiser steps]")
     horizon: int = Field(description="step at which the cosine ends [optimiser steps]", gt=0)
-    final_fraction: float = Field(0.1, ge=0, le=1, description="learning rate after the horizon, as a share of the peak")
+    final_fraction: float = Field(0.1, ge=0, le=1, description="rate after the horizon, as a share of the peak")
 
     @model_validator(mode="after")
     def warm_up_ends_before_horizon(self):
@@ -62,7 +62,7 @@ def make_optimiser(parameters: Iterable[torch.nn.Parameter | dict], config: Opti
     `parameters`: tensors, or groups with a peak `lr` of their own that follow the same schedule."""
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon,
                                   weight_decay=config.weight_decay, fused=True)
-    optimiser._step_supports_amp_scaling = False  # bf16 has no loss scale; otherwise Lightning refuses to clip a fused optimiser
+    optimiser._step_supports_amp_scaling = False  # no loss scale in bf16; else Lightning refuses to clip fused AdamW
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, config))
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -91,13 +91,14 @@ class History(L.Callback):
 
 # %% ../../nbs/training/00_fitting.ipynb #cbc17314
 class AtomicCheckpointIO(TorchCheckpointIO):
-    "Writes a Lightning checkpoint whole or not at all; a damaged one is refused with a sentence."
+    "Writes a Lightning checkpoint whole or not at all, and refuses to read a damaged one."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file object reports a full disk as such
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=None):
+        "Raises `StudyError` if the file cannot be read to its end."
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -121,45 +122,9 @@ class ResumePoint(L.Callback):
             self.saved_step = step
             trainer.save_checkpoint(self.path)
 
-# %% ../../nbs/training/00_fitting.ipynb #ab534ce2
-def process_count() -> int:
-    "Processes that train together."
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def process_rank() -> int:
-    "Number of this process among them, from 0."
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def process_device() -> torch.device:
-    "Where this process computes: its GPU if there is one."
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def gather(value) -> list:
-    "The values that all processes brought, in the order of their ranks; everybody gets all of them."
-    if process_count() == 1:
-        return [value]
-    values = [None] * process_count()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def together(work: Callable[[], object]) -> list:
-    "What `work()` returns in every process, gathered; a `StudyError` of one of them is raised by all, else the others would wait."
-    try:
-        mine = work()
-    except StudyError as error:
-        mine = error
-    for outcome in (outcomes := gather(mine)):
-        if isinstance(outcome, StudyError):
-            raise outcome
-    return outcomes
-
 # %% ../../nbs/training/00_fitting.ipynb #0419171b
 def check_origin(model: torch.nn.Module, folder: Path) -> None:
-    "Mark `folder` with the weights that its training starts from; `StudyError` if it was started from others."
+    "Mark `folder` with the weights that its training starts from. Raises `StudyError` if it was started from others."
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -167,8 +132,8 @@ def check_origin(model: torch.nn.Module, folder: Path) -> None:
     if not mark.exists() and process_rank() == 0:
         write_text(mark, digest.hexdigest() + "\n")
     elif mark.exists() and mark.read_text().strip() != digest.hexdigest():
-        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the model that it "
-                         "started from again, or give another folder")
+        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the "
+                         "model that it started from again, or give another folder")
 
 # %% ../../nbs/training/00_fitting.ipynb #d524aeee
 class Snapshots(L.Callback):
@@ -195,6 +160,7 @@ def logarithmic_steps(steps: int, points: int = 15, decades: float = 2.1, extend
     """Steps at which to keep a model: the start, and `points` values from 10^-`decades` to 1 of the run, rounded.
 
     `extends`: length of the run that this one continues [steps]; the grid then covers `extends … steps` alone.
+    Raises `StudyError` if the run does not end after its start, or without a point.
     Source: `logspace(-2.1, 0, 15) × total` in the sweep files of Zhao et al. (2025)."""
     if not 0 <= extends < steps or points < 1:
         raise StudyError(f"no grid of {points} points between step {extends} and step {steps}; "
@@ -217,6 +183,16 @@ class Report(L.Callback):
         value = trainer.callback_metrics.get(self.metric)
         self.report(self.told, trainer.max_steps, f"{self.metric} {float(value):.3f}" if value is not None else "")
 
+# %% ../../nbs/training/00_fitting.ipynb #d147cd1d
+def fast_bf16(device: str | torch.device = "cpu") -> bool:
+    "Whether `device` multiplies bfloat16 faster than float32."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    if features.get("avx512_bf16") and "intel" not in str(features.get("cpu_name", "")).lower():
+        return True
+    return any(features.get(name, False) for name in ("amx_bf16", "bf16"))
+
 # %% ../../nbs/training/00_fitting.ipynb #d87124fc
 class FitConfig(StrictConfig):
     "How a model is fitted, whatever the loss."
@@ -224,7 +200,7 @@ class FitConfig(StrictConfig):
     steps: int = Field(gt=0, description="length of the run [optimiser steps]")
     accumulate: int = Field(1, gt=0, description="micro-batches per optimiser step and process")
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
-    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast; state it to compare")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
 
 # %% ../../nbs/training/00_fitting.ipynb #3c9df3b2
@@ -242,44 +218,58 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
-# %% ../../nbs/training/00_fitting.ipynb #534d8058
-def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callbacks: Iterable[L.Callback] = (),
-        report: Callable[[int, int, str], None] | None = None, metric: str = "loss") -> pd.DataFrame:
-    """Train `module` on `data` for `config.steps` optimiser steps, continuing from `folder/resume.ckpt` if it exists.
-
-    `data`: a `LightningDataModule`, or any sized iterable of micro-batches that starts at the trainer's step.
-    Returns the history: one row per optimiser step. Raises `StudyError` for a damaged resume point."""
-    quiet_lightning()
-    if config.processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):  # a notebook's processes are forks
-        raise StudyError(f"processes = {config.processes}: a notebook that has used a GPU cannot fork itself onto several; train this "
-                         "run with processes = 1 (runs share the GPUs of a machine), or from a script")
-    folder = Path(folder)
-    resume, history = folder / "resume.ckpt", folder / "logs" / "history.parquet"
-    callbacks = [*callbacks, History(history), ResumePoint(resume, config.checkpoint_every)]
-    if report is not None:
-        callbacks.append(Report(report, metric))
-    trainer = L.Trainer(
-        max_steps=config.steps, accumulate_grad_batches=config.accumulate, devices=config.processes,
-        accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
-        gradient_clip_val=config.optimiser.clip_norm, callbacks=callbacks, plugins=[AtomicCheckpointIO()],
-        logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    try:
-        trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
-    except torch.multiprocessing.ProcessRaisedException as error:  # of a fork; its traceback ends with its sentence
-        kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
-        if kind.endswith("StudyError"):
-            raise StudyError(sentence) from error
-        raise
-    rows = pd.read_parquet(history)
-    if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
-        raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "
-                         "the data ran out, ask for more tokens or fewer steps")
-    return rows
-
 # %% ../../nbs/training/00_fitting.ipynb #cf6a7ffd
 def make_loggers(folder: Path) -> list:
     "CSV and TensorBoard loggers of one attempt, under `folder/logs`."
     attempt = time.strftime("%Y%m%d-%H%M%S")
     return [CSVLogger(folder / "logs", name="csv", version=attempt),
             TensorBoardLogger(folder / "logs", name="tensorboard", version=attempt)]
+
+# %% ../../nbs/training/00_fitting.ipynb #94a9554b
+def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    "The trainer of one attempt: resume points are ours, gradients are clipped, logs go to `folder/logs`."
+    return L.Trainer(
+        max_steps=config.steps, accumulate_grad_batches=config.accumulate, devices=config.processes,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
+        gradient_clip_val=config.optimiser.clip_norm, callbacks=callbacks, plugins=[AtomicCheckpointIO()],
+        logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+
+# %% ../../nbs/training/00_fitting.ipynb #af5f059d
+def refuse_forks_of_a_gpu(processes: int) -> None:
+    "Raises `StudyError` if several processes are to be forked from a notebook that has used a GPU."
+    if processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):
+        raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; train "
+                         "this run with processes = 1 (runs share the GPUs of a machine), or from a script")
+
+
+def error_of_fork(error: Exception) -> Exception:
+    "The `StudyError` that a forked process raised, in its own words, or `error` itself if it raised another."
+    kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
+    return StudyError(sentence) if kind.endswith("StudyError") else error
+
+# %% ../../nbs/training/00_fitting.ipynb #534d8058
+def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callbacks: Iterable[L.Callback] = (),
+        report: Callable[[int, int, str], None] | None = None, metric: str = "loss") -> pd.DataFrame:
+    """Train `module` on `data` for `config.steps` optimiser steps, continuing from `folder/resume.ckpt` if it exists.
+
+    `data`: a `LightningDataModule`, or any sized iterable of micro-batches that starts at the trainer's step.
+    Returns the history: one row per optimiser step. Raises `StudyError` for a damaged resume point, for data that
+    run out before the last step, and for processes that a notebook with a GPU cannot start."""
+    quiet_lightning()
+    refuse_forks_of_a_gpu(config.processes)
+    folder = Path(folder)
+    resume, history = folder / "resume.ckpt", folder / "logs" / "history.parquet"
+    callbacks = [*callbacks, History(history), ResumePoint(resume, config.checkpoint_every)]
+    if report is not None:
+        callbacks.append(Report(report, metric))
+    trainer = make_trainer(config, folder, callbacks)
+    try:
+        trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        raise error_of_fork(error) from error
+    rows = pd.read_parquet(history)
+    if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
+        raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "
+                         "the data ran out, ask for more tokens or fewer steps")
+    return rows
