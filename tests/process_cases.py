@@ -11,16 +11,15 @@ import torch
 
 from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
+from echochamber.training.algorithms import OnPolicyConfig, grpo_config, ppo_config, reinforce_config
 from echochamber.training.critic import CriticConfig
 from echochamber.training.distributed import process_rank
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
 from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
-from echochamber.training.grpo import grpo_config, reinforce_config
-from echochamber.training.policy import PolicyConfig, train_policy
-from echochamber.training.ppo import ppo_config
+from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import pretrain
-from echochamber.training.rollouts import toy_task
 from echochamber.training.supervised import Example, SupervisedConfig, train_supervised
+from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 Case = Callable[[int, Path], tuple[Decoder, pd.DataFrame]]  # processes, folder → trained model, history
@@ -46,7 +45,7 @@ def policy_case(make_config, interrupted: bool = False, loss: dict | None = None
         policy, tokenizer, questions, grader = toy_task()
         config = make_config(8, prompts=10, samples=8, train_batch=40, micro_batch=10, max_new_tokens=4, temperature=1.0,
                              learning_rate=3e-4, precision="32-true", checkpoint_every=3, processes=processes, **options)
-        config = PolicyConfig(**config.model_dump() | {"loss": config.loss.model_dump() | (loss or {})})
+        config = OnPolicyConfig(**config.model_dump() | {"loss": config.loss.model_dump() | (loss or {})})
         arguments = policy, tokenizer, questions, grader, config, folder, [keep_first(policy, folder)]
         if interrupted:
             try:

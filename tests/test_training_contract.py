@@ -14,18 +14,17 @@ from echochamber.core import StudyError
 from echochamber.models.decoder import Decoder
 from echochamber.models.generation import SamplingConfig
 from echochamber.training import policy as policy_module
+from echochamber.training.algorithms import ALGORITHMS as POLICY
+from echochamber.training.algorithms import OnPolicyConfig
 from echochamber.training.critic import Critic, CriticConfig
 from echochamber.training.diagnostics import METRICS
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
-from echochamber.training.grpo import dr_grpo_config, grpo_config, reinforce_config, rloo_config
-from echochamber.training.policy import PolicyConfig, train_policy
-from echochamber.training.ppo import ppo_config
-from echochamber.training.rollouts import toy_task
+from echochamber.training.policy import train_policy
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
+from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 toy_task_of_rollouts = toy_task
-POLICY = {"grpo": grpo_config, "dr_grpo": dr_grpo_config, "rloo": rloo_config, "reinforce": reinforce_config, "ppo": ppo_config}
 ALGORITHMS = [*POLICY, "supervised", "expert_iteration"]
 SETTINGS = [(name, kl) for name in POLICY for kl in (0.0, 0.02)] + [("supervised", 0.0), ("expert_iteration", 0.0)]
 BESIDES = {"step", "round", "kept"}  # columns that count instead of measuring
@@ -51,7 +50,7 @@ def policy_sizes(name: str, learning_rate: float = 1e-3, **sizes) -> dict:
                 learning_rate=learning_rate, checkpoint_every=3) | critic | sizes
 
 
-def train_by_policy(config: PolicyConfig, folder: Path, report=None) -> Outcome:
+def train_by_policy(config: OnPolicyConfig, folder: Path, report=None) -> Outcome:
     "`train_policy` on the toy task, with the reference and the critic caught as they are made."
     policy, tokenizer, questions, grader = toy_task()
     outcome = Outcome(policy, pd.DataFrame())

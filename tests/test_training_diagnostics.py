@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from echochamber.core import StudyError
 from echochamber.grading.answers import Grade
-from echochamber.training import policy as policy_module
+from echochamber.training import experience as experience_module
+from echochamber.training.algorithms import grpo_config
 from echochamber.training.diagnostics import StopConfig, stop_reason
 from echochamber.training.fitting import logarithmic_steps
-from echochamber.training.grpo import grpo_config
 from echochamber.training.policy import train_policy
-from echochamber.training.rollouts import Rollouts, toy_task
+from echochamber.training.rollouts import Rollouts
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
+from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 SIGNAL = {"groups_all_wrong": 0.2, "groups_all_right": 0.1}
@@ -124,7 +125,7 @@ class Sampler:
     "`sample_and_grade`, but from its third call on the log-probs are those of another implementation."
 
     def __init__(self, distance: float):
-        self.genuine, self.distance, self.calls = policy_module.sample_and_grade, distance, 0
+        self.genuine, self.distance, self.calls = experience_module.sample_and_grade, distance, 0
 
     def __call__(self, *arguments, **options) -> Rollouts:
         self.calls += 1
@@ -137,7 +138,7 @@ class Sampler:
 
 def test_a_sampler_that_is_not_the_trainer_ends_the_run(undisturbed, tmp_path):
     "Noticed at step 5, the first of the third rollout batch."
-    with patch.object(policy_module, "sample_and_grade", Sampler(0.1)), \
+    with patch.object(experience_module, "sample_and_grade", Sampler(0.1)), \
             pytest.raises(StudyError, match="stopped after step 5: sampler and trainer differ by 0.1 nats per token, over the limit of 0.05; "
                                             "compare temperature and precision of both, or raise stop.sampler_gap"):
         train(tmp_path)
@@ -146,7 +147,7 @@ def test_a_sampler_that_is_not_the_trainer_ends_the_run(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(("distance", "stop"), [(0.04, StopConfig()), (0.1, StopConfig(sampler_gap=0.2)), (0.1, StopConfig(sampler_gap=None))])
 def test_a_gap_that_is_allowed_is_only_logged(distance, stop, tmp_path):
-    with patch.object(policy_module, "sample_and_grade", Sampler(distance)):
+    with patch.object(experience_module, "sample_and_grade", Sampler(distance)):
         _, history = train(tmp_path, stop)
     gaps = history.sampler_gap
     assert gaps[[0, 2]].max() < 1e-5 and gaps[[4, 6]].tolist() == pytest.approx([distance] * 2, abs=1e-5)

@@ -14,15 +14,14 @@ from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import PackedData, pack_corpus, train_tokenizer
 from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
+from echochamber.training.algorithms import grpo_config, ppo_config
 from echochamber.training.critic import CriticConfig
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
 from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
-from echochamber.training.grpo import grpo_config
 from echochamber.training.policy import train_policy
-from echochamber.training.ppo import ppo_config
 from echochamber.training.pretraining import pretrain
-from echochamber.training.rollouts import toy_task
 from echochamber.training.supervised import SupervisedConfig
+from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 Report = Callable[[int, int, str], None]
@@ -79,7 +78,7 @@ def processes():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = get_context("forkserver")
     context.set_forkserver_preload(["pytest", "echochamber.data.corpora", "echochamber.training.pretraining",
-                                    "echochamber.training.expert_iteration", "echochamber.training.ppo"])
+                                    "echochamber.training.expert_iteration", "echochamber.training.toy"])
     return context
 
 

@@ -9,7 +9,7 @@ __all__ = ['Precision', 'SMOKE', 'LAPTOP', 'PRESETS', 'SECTIONS', 'TRAINED_BY', 
            'pretraining_run', 'algorithm_of', 'finetuning_run', 'finetuning_name', 'evaluation_run', 'runs_of',
            'work_of', 'expected_seconds']
 
-# %% ../../nbs/study/04_conditions.ipynb #bfb4d57e
+# %% ../../nbs/study/04_conditions.ipynb #f81e9336
 import re
 from typing import Any, Literal
 
@@ -23,14 +23,13 @@ from ..models.decoder import DECODERS, DecoderConfig
 from ..models.generation import SamplingConfig
 from .runs import Run
 from .stages import Algorithm, EvaluateConfig, FinetuneConfig, PretrainConfig
+from ..training.algorithms import grpo_config, ppo_config
 from ..training.critic import CriticConfig
 from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, OptimiserConfig
-from ..training.grpo import grpo_config
-from ..training.ppo import ppo_config
 from ..training.supervised import SupervisedConfig
 
-# %% ../../nbs/study/04_conditions.ipynb #37705af5
+# %% ../../nbs/study/04_conditions.ipynb #d81dbbda
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -52,7 +51,7 @@ class EvaluationPreset(StrictConfig):
     temperature: float = Field(0.7, gt=0, description="of the sampled completions")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus of the sampled completions")
 
-# %% ../../nbs/study/04_conditions.ipynb #b97805cc
+# %% ../../nbs/study/04_conditions.ipynb #b3d67f3d
 class RLPreset(StrictConfig):
     "GRPO and PPO at one scale."
     prompts: int = Field(gt=0, description="B, prompts per rollout batch")
@@ -79,7 +78,7 @@ class ExpertIterationPreset(SupervisedPreset):
     rounds: int = Field(gt=0, description="times that the base is fine-tuned on fresh samples")
     samples: int = Field(gt=0, description="completions per question and round")
 
-# %% ../../nbs/study/04_conditions.ipynb #fdad93f0
+# %% ../../nbs/study/04_conditions.ipynb #fc056adc
 class Preset(StrictConfig):
     "One scale of the study: what all stages share, and a section for each."
     problems: ProblemConfig = Field(description="of all sources, of the prompts and of the evaluation")
@@ -99,7 +98,7 @@ class Preset(StrictConfig):
         "RL steps of one pass over the prompts [optimiser steps]."
         return self.questions * self.rl.samples / self.rl.train_batch
 
-# %% ../../nbs/study/04_conditions.ipynb #4ce9ee58
+# %% ../../nbs/study/04_conditions.ipynb #6dcfd421
 SMOKE = Preset(
     problems=ProblemConfig(operations=(1, 2), operands=(2, 9)), questions=32, max_new_tokens=48,
     decoders={"default": DECODERS["50k"].model_copy(update={"context": 128})},
@@ -111,7 +110,7 @@ SMOKE = Preset(
     evaluation={"questions": 16, "samples": 8},
     seconds={"pretrain": 15, "grpo": 15, "ppo": 15, "expert_iteration": 15, "sft": 12, "evaluate": 15, "figure": 10})
 
-# %% ../../nbs/study/04_conditions.ipynb #43316df9
+# %% ../../nbs/study/04_conditions.ipynb #36a6fa6b
 LAPTOP = Preset(
     problems=ProblemConfig(operations=(1, 3), operands=(2, 12), factors=(2, 6), largest_result=100),
     questions=1024, max_new_tokens=128, decoders={"default": DecoderConfig(width=96, layers=2, heads=6, context=160)},
@@ -133,7 +132,7 @@ def find_preset(name: str) -> Preset:
         raise StudyError(f"unknown preset `{name}`; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../../nbs/study/04_conditions.ipynb #c979476d
+# %% ../../nbs/study/04_conditions.ipynb #b9c39624
 class Condition(StrictConfig):
     "What differs from the preset; the fields that differ from their defaults are its name and the labels of its rows."
     mixture: str = Field("three-formats", description="sources of pretraining, a key of `MIXTURES`")
@@ -161,7 +160,7 @@ class Condition(StrictConfig):
             section_stage(path, self.algorithm)
         return self
 
-# %% ../../nbs/study/04_conditions.ipynb #77b43879
+# %% ../../nbs/study/04_conditions.ipynb #2f42210f
 SECTIONS = {"problems": "pretrain", "decoders": "pretrain", "pretraining": "pretrain", "questions": "finetune", "rl": "finetune",
             "expert_iteration": "finetune", "control": "finetune", "max_new_tokens": "finetune", "evaluation": "evaluate"}
 TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
@@ -176,7 +175,7 @@ def section_stage(path: str, algorithm: str) -> str:
         raise ValueError(f"`{path}` changes nothing under {algorithm}; it is for {' and '.join(TRAINED_BY[section])}")
     return SECTIONS[section]
 
-# %% ../../nbs/study/04_conditions.ipynb #5955ab3d
+# %% ../../nbs/study/04_conditions.ipynb #be0b6fb7
 def named_changes(condition: Condition, stages: tuple[str, ...]) -> list[str]:
     "Words for the fields that differ from their defaults and reach the given stages."
     words = {"decoder": ("pretrain", condition.decoder), "precision": ("pretrain", condition.precision),
@@ -195,15 +194,16 @@ def condition_name(condition: Condition) -> str:
              *(condition.benchmarks if condition.benchmarks != default.benchmarks else ())]
     return "-".join(parts)
 
-# %% ../../nbs/study/04_conditions.ipynb #8c65586c
+# %% ../../nbs/study/04_conditions.ipynb #965691ab
 def condition_labels(condition: Condition) -> dict:
     "Columns that the rows of a condition carry: its name, its algorithm, and every other field that differs from its default."
     default = Condition()
     differing = {name: value for name, value in condition.model_dump(exclude={"changes", "benchmarks", "pretraining_seed"}).items()
                  if value != getattr(default, name)}
-    return {"condition": condition.name, "algorithm": condition.algorithm, **differing, **dict(condition.changes)}
+    return {"condition": condition.name, "algorithm": condition.algorithm, **differing,
+            **{path: value if isinstance(value, str | int | float) else str(value) for path, value in condition.changes}}
 
-# %% ../../nbs/study/04_conditions.ipynb #37785441
+# %% ../../nbs/study/04_conditions.ipynb #2a4f88e5
 def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Preset:
     "The preset with changes at dotted paths. Raises `StudyError` if a place does not exist or a value does not fit."
     values = preset.model_dump()
@@ -217,7 +217,7 @@ def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Pres
         place[last] = value
     return Preset.parse(values, where="condition")
 
-# %% ../../nbs/study/04_conditions.ipynb #e9518e06
+# %% ../../nbs/study/04_conditions.ipynb #6632c1b3
 def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     "Pretraining of a condition. Raises `StudyError` for a size that the preset does not have."
     if condition.decoder not in scale.decoders:
@@ -231,7 +231,7 @@ def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
         fit=FitConfig(optimiser=optimiser, steps=told.steps, checkpoint_every=max(10, told.steps // 15), precision=precision))
     return Run("pretrain", "-".join([condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]), config)
 
-# %% ../../nbs/study/04_conditions.ipynb #d9f9050c
+# %% ../../nbs/study/04_conditions.ipynb #aac2b9d1
 def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     "The algorithm of a condition at this scale."
     if condition.algorithm in ("grpo", "ppo"):
@@ -248,7 +248,7 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
     return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised, seed=seed)
 
-# %% ../../nbs/study/04_conditions.ipynb #d15a7d06
+# %% ../../nbs/study/04_conditions.ipynb #d9778842
 def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) -> Run:
     "Fine-tuning of a condition. Raises `StudyError` for a start that its pretraining does not keep."
     kept, start = parent.config.snapshot_steps, condition.start_step
@@ -269,7 +269,7 @@ def finetuning_name(condition: Condition, pretraining_seed: int, seed: int) -> s
     start = [f"pretraining{pretraining_seed}"] if pretraining_seed != seed else []
     return "-".join([condition.algorithm, *mixture, *named_changes(condition, ("pretrain", "finetune")), *start, f"seed{seed}"])
 
-# %% ../../nbs/study/04_conditions.ipynb #38ed925e
+# %% ../../nbs/study/04_conditions.ipynb #dd00ce02
 def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: str, seed: int) -> Run:
     "Evaluation of all snapshots of a fine-tuning run on one benchmark; the questions are the same for every seed."
     told = scale.evaluation
@@ -289,7 +289,7 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     tuned = finetuning_run(scale, condition, start, seed)
     return [start, tuned, *(evaluation_run(scale, condition, tuned, benchmark, seed) for benchmark in condition.benchmarks)]
 
-# %% ../../nbs/study/04_conditions.ipynb #15533dc4
+# %% ../../nbs/study/04_conditions.ipynb #1f1196b4
 START_UP = 5.0  # seconds until a notebook computes
 
 

@@ -223,7 +223,8 @@ class Display:
         counts, study = Counter(job.status for job in self.rows), self.bars.tasks[0]
         left = study.time_remaining if study.speed else study.remaining / self.workers
         failed = f", {counts['failed']} failed" if counts["failed"] else ""
-        return f"{counts['done']} of {len(self.rows)} done{failed}, about {clock(left)} left"
+        still = f", about {clock(left)} left" if counts["waiting"] + counts["running"] else ""
+        return f"{counts['done']} of {len(self.rows)} done{failed}{still}"
 
 # %% ../../nbs/study/07_graph.ipynb #bfc767e6
 def refresh(display: Display, pause: float = 10.0) -> None:

@@ -24,9 +24,7 @@ from .runs import Run
 from ..training.critic import CriticConfig
 from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, OptimiserConfig, logarithmic_steps
-from ..training.grpo import grpo_config
-from ..training.policy import PolicyConfig
-from ..training.ppo import ppo_config
+from ..training.algorithms import OnPolicyConfig, grpo_config, ppo_config
 from ..training.supervised import SupervisedConfig
 
 # %% ../../nbs/study/02_presets.ipynb #a6da1970
@@ -40,7 +38,7 @@ class PretrainConfig(StrictConfig):
     seed: int = Field(0, ge=0, description="seed of the weights and of the order of rows")
 
 # %% ../../nbs/study/02_presets.ipynb #8a7cfd2f
-Algorithm = Annotated[PolicyConfig | SupervisedConfig | ExpertIterationConfig, Field(discriminator="kind")]
+Algorithm = Annotated[OnPolicyConfig | SupervisedConfig | ExpertIterationConfig, Field(discriminator="kind")]
 
 
 class FinetuneConfig(StrictConfig):
@@ -171,7 +169,7 @@ def pretraining_run(scale: Preset, name: str = "three-formats", seed: int = 0) -
 ALGORITHMS = ("grpo", "ppo", "expert_iteration", "sft")
 
 
-def algorithm(scale: Preset, name: str, seed: int = 0) -> PolicyConfig | SupervisedConfig | ExpertIterationConfig:
+def algorithm(scale: Preset, name: str, seed: int = 0) -> OnPolicyConfig | SupervisedConfig | ExpertIterationConfig:
     "One of `ALGORITHMS` at this scale. RL runs in fp32 on processors, where the gap to the sampler is rounding."
     sizes = dict(prompts=scale.prompts, samples=scale.samples, train_batch=scale.train_batch, max_new_tokens=scale.max_new_tokens,
                  temperature=scale.temperature, learning_rate=scale.rl_rate, seed=seed, precision="32-true")
@@ -231,7 +229,7 @@ def labels(evaluation: Run) -> dict:
     "Algorithm and seed behind an evaluation, and the completions its fine-tuning had sampled at the end."
     config = evaluation.parents[0].config
     policy, sampled = config.policy, 0
-    if policy.kind == "policy":
+    if policy.kind == "on_policy":
         sampled = policy.fit.steps // policy.rollouts.steps_per_rollout * policy.rollouts.prompts * policy.rollouts.samples
     elif policy.kind == "expert_iteration":
         sampled = policy.rounds * config.questions * policy.samples

@@ -15,9 +15,9 @@ from ..data.corpora import MixtureConfig, SourceConfig
 from ..data.problems import ProblemConfig
 from ..models.decoder import DecoderConfig
 from ..models.generation import SamplingConfig
+from ..training.algorithms import OnPolicyConfig
 from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, logarithmic_steps
-from ..training.policy import PolicyConfig
 from ..training.supervised import SupervisedConfig
 
 # %% ../../nbs/study/03_stages.ipynb #a6da1971
@@ -42,8 +42,8 @@ class PretrainConfig(StrictConfig):
             raise ValueError(f"snapshots {wrong} lie outside the run of {self.fit.steps} steps")
         return self
 
-# %% ../../nbs/study/03_stages.ipynb #c31fdcfe
-Algorithm = Annotated[PolicyConfig | SupervisedConfig | ExpertIterationConfig, Field(discriminator="kind")]
+# %% ../../nbs/study/03_stages.ipynb #c7d6f9dd
+Algorithm = Annotated[OnPolicyConfig | SupervisedConfig | ExpertIterationConfig, Field(discriminator="kind")]
 
 
 def steps_of(algorithm: Algorithm, questions: int) -> int:

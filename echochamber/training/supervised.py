@@ -29,8 +29,9 @@ from ..models.decoder import Decoder
 from .distributed import process_rank
 from .fitting import FitConfig, OptimiserConfig, fit
 from .losses import LossConfig, loss_weights, sft_loss
-from .policy import WeightedTraining, cut
-from .rollouts import align, log_probs_and_entropy
+from .experience import split_micro_batches
+from .rollouts import log_probs_and_entropy, pad_prompt_completion
+from .steps import WeightedLossModule
 
 # %% ../../nbs/training/10_supervised.ipynb #97d57c91
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class ExampleData(L.LightningDataModule):
         config, rank = self.config, process_rank()
         chosen = rows_at(step * config.batch, (step + 1) * config.batch, len(self.examples), config.seed)
         examples = sorted((self.examples[index] for index in chosen), key=lambda example: len(example.prompt + example.completion))
-        batch = align([example.prompt for example in examples], [example.completion for example in examples])
+        batch = pad_prompt_completion([example.prompt for example in examples], [example.completion for example in examples])
         weighted = batch | {"weights": loss_weights(batch["mask"], LossConfig(normaliser="token"))}
-        return cut(weighted, config.micro_batch)[rank :: config.processes]
+        return split_micro_batches(weighted, config.micro_batch)[rank :: config.processes]
 
     def train_dataloader(self):
         return ExampleLoader(self)
@@ -130,10 +131,10 @@ class ExampleLoader:
         pass
 
 # %% ../../nbs/training/10_supervised.ipynb #4f48adb5
-class SupervisedTraining(WeightedTraining):
+class SupervisedTraining(WeightedLossModule):
     "Likelihood of given completions."
 
-    def minimise(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def compute_loss(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         log_probs, entropy = log_probs_and_entropy(self.networks["policy"], batch["tokens"], batch["mask"], temperature=1.0)  # [N, T-1]
         loss, statistics = sft_loss(log_probs, batch["weights"])
         return {"likelihood_loss": loss}, statistics | {"entropy": entropy.sum()}
