@@ -50,8 +50,11 @@ export: $(READY)
 	@$(BIN)/nbdev_export
 	@$(MAKE) --no-print-directory readme
 
+README ?= README.md
 readme: $(READY)
-	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > README.md
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide-input nbs/index.ipynb \
+		| sed 's#(\.\./#(#g' | awk '/^```/ { inside = !inside; if (inside && $$0 == "```") $$0 = "```python" } 1' | cat -s > $(README)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,6 +1,11 @@
 "A run's name follows everything that can change its result; its folder is whole, resumable or absent."
 import errno
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -8,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echochamber.core import StrictConfig, StudyError
+from echochamber.core import StrictConfig, StudyError, refused
 from echochamber.study import runs
-from echochamber.study.runs import Run, finished_run, open_run
+from echochamber.study.runs import Progress, Run, finished_run, locked, open_run
 
 
 class ToyConfig(StrictConfig):
@@ -137,3 +142,81 @@ def test_what_killed_writes_left_is_swept_by_the_next_attempt():
     (run.folder / ".resume.ckpt.0a1b2c3d.tmp").write_bytes(b"half a checkpoint")
     compute(run)
     assert run.done and not list(run.folder.rglob("*.tmp"))
+
+
+LOCALE_CHILD = """
+import json, sys
+from echochamber.core import StrictConfig
+from echochamber.study.runs import Run, finished_run, open_run
+class ToyConfig(StrictConfig):
+    rate: float = 0.1
+    seed: int = 0
+    model: str = ""
+run = Run("toy", "a", ToyConfig(model="Zo\\u00eb \\u6570"))
+if sys.argv[1:] == ["compute"]:
+    with open_run(run) as progress:
+        progress.report(1, 1, message=run.config.model)
+print(json.dumps([run.reference, run.status, str(finished_run(run.reference))]))
+"""
+
+
+def test_a_locale_without_these_letters_gives_the_same_names_and_finds_the_same_runs(study):
+    "What one terminal has computed is finished for any other one."
+    write_notebook(study / "nbs/experiments/toy.ipynb", "print('Zoë 数')", prose="# Größe")
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    answers = [subprocess.run([sys.executable, "-c", LOCALE_CHILD, *words], env=os.environ | locale, check=True,
+                              capture_output=True, text=True).stdout
+               for words, locale in ((["compute"], poor), ([], {"PYTHONUTF8": "1"}), ([], poor))]
+    assert answers[0] == answers[1] == answers[2] and json.loads(answers[0])[1] == "done"
+
+
+def test_who_reports_is_waited_for_and_who_is_silent_is_not(study):
+    "As long as there is word of progress, for longer than the patience; after that a sentence, and no trace."
+    folder, release = study / "outputs" / "held", threading.Event()
+
+    def compute_slowly(seconds: float) -> None:
+        with locked(folder):
+            progress, start = Progress(folder), time.monotonic()
+            while time.monotonic() - start < seconds:
+                progress.report(time.monotonic(), 0, unit="seconds")
+                time.sleep(0.05)
+            release.wait(timeout=60)
+
+    release.set()
+    threading.Thread(target=compute_slowly, args=(2.0,)).start()
+    time.sleep(0.2)
+    with locked(folder, patience=0.5):
+        release.clear()
+    threading.Thread(target=compute_slowly, args=(0.0,)).start()
+    time.sleep(0.2)
+    before = sorted(folder.iterdir())
+    assert "has reported nothing for 0.5 s" in refused(lambda: locked(folder, patience=0.5).__enter__())
+    assert sorted(folder.iterdir()) == before
+    release.set()
+
+
+def test_torch_on_a_full_disk_is_told_as_a_full_disk(study):
+    "Whatever torch calls it, where the disk has room again by the time one asks."
+    import torch
+    run = Run("toy", "a", ToyConfig())
+    with pytest.raises(StudyError, match="no space left on the disk"), open_run(run):
+        torch.save(torch.zeros(100_000), "/dev/full")
+    assert run.status == "failed"
+
+
+class ToyFigureConfig(StrictConfig):
+    figure: str
+    tables: dict[str, str] = {}
+
+
+def test_a_figure_is_a_run_of_its_own_notebook(study):
+    "Other tables, or another style of the pictures, make another run; finished once, it is not drawn again."
+    write_notebook(study / "nbs/figures/kl.ipynb", "from echochamber import plots")
+    write_notebook(study / "nbs/experiments/same.ipynb", "from echochamber import plots")
+    figure = Run("figure", "kl-laptop", ToyFigureConfig(figure="kl", tables={"grpo": "0a1b"}))
+    assert figure.notebook == study / "nbs/figures/kl.ipynb"
+    assert figure.reference != Run("figure", "kl-laptop", ToyFigureConfig(figure="kl", tables={"grpo": "2c3d"})).reference
+    assert figure.code != Run("same", "a", ToyConfig()).code, "the same code, in which only a figure counts the style"
+    compute(figure)
+    with pytest.raises(StudyError, match="finished"):
+        compute(figure)

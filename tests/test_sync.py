@@ -1,10 +1,11 @@
-"Notebooks are the source: the package, the README and the notebooks' own conventions must agree with them."
+"Notebooks are the source: the package, the README and the craft of the notebooks themselves must agree with them."
 import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,23 +13,43 @@ import pytest
 from echochamber.core import project_root
 
 ROOT = project_root()
+ROOMS = ("data", "models", "grading", "training", "study")  # imports go from right to left
+SHARED = ("core", "plots")  # beside the rooms, for all of them
+PAPERMILL = ("experiments", "figures", "benchmarks")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name[0] not in "._")
-EXECUTED = [p for p in NOTEBOOKS if p.parent.name in ("experiments", "figures")]
-
-
-def cells(path: Path) -> list[dict]:
-    return json.loads(path.read_text())["cells"]
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name in ROOMS or p.stem in SHARED]
+MODULES = sorted(p for p in (ROOT / "echochamber").rglob("*.py") if p.name[0] != "_")
+BIN = Path(sys.executable).parent
 
 
 def identity(path: Path) -> str:
-    return str(path.relative_to(ROOT / "nbs"))
+    return path.relative_to(ROOT).as_posix().removeprefix("nbs/").removeprefix("echochamber/")
 
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell | {"source": "".join(cell["source"])} for cell in cells(path) if cell["cell_type"] == "code"]
+
+
+def syntax(source: str) -> ast.Module:
+    "The code of a cell without lines for IPython."
+    return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
+
+
+def copy_of_notebooks(folder: Path) -> Path:
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return folder
+
+
+# --- what is written from notebooks -------------------------------------------------------------------------------------
 
 def test_package_equals_export(tmp_path):
     "Exporting into an empty package gives exactly the package, no file more and none less."
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([BIN / "nbdev_export"], cwd=copy_of_notebooks(tmp_path), check=True, capture_output=True)
 
     def sources(root: Path) -> dict[str, str]:
         files = (p for p in (root / "echochamber").rglob("*.py") if p.name != "_modidx.py")  # an index for documentation only
@@ -40,13 +61,47 @@ def test_package_equals_export(tmp_path):
     assert not changed, f"run `make export`; these differ from their notebooks: {changed}"
 
 
-def test_readme_equals_index():
-    command = f"{Path(sys.executable).with_name('jupyter')} nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb"
-    rendered = subprocess.run(command.split(), cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert rendered.replace("(../", "(") == (ROOT / "README.md").read_text(), "run `make readme`"
+def test_readme_equals_index(tmp_path):
+    subprocess.run(["make", "--old-file=.venv/.ready", f"BIN={BIN}", "readme", f"README={tmp_path / 'README.md'}"],
+                   cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
 
 
-@pytest.mark.parametrize("path", EXECUTED, ids=identity)
+def test_links_of_the_front_page_lead_somewhere():
+    "In the notebook and, one folder up, in the README."
+    prose = "".join("".join(cell["source"]) for cell in cells(ROOT / "nbs/index.ipynb") if cell["cell_type"] == "markdown")
+    for text, folder in ((prose, ROOT / "nbs"), ((ROOT / "README.md").read_text(), ROOT)):
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        assert links and not [link for link in links if not (folder / link).exists()]
+
+
+def test_cleaned_notebooks_stay_as_they_are(tmp_path):
+    "What Jupyter leaves behind (counts, metadata, names of kernels) is gone already."
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy_of_notebooks(tmp_path), check=True, capture_output=True)
+    changed = [identity(path) for path in NOTEBOOKS if path.read_bytes() != (tmp_path / path.relative_to(ROOT)).read_bytes()]
+    assert not changed, f"run `nbdev_clean`; it would change {changed}"
+
+
+# --- where things lie ---------------------------------------------------------------------------------------------------
+
+def test_every_folder_is_known():
+    folders = {path.parent.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS}
+    assert folders <= {".", *ROOMS, "tutorials", *PAPERMILL}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=identity)
+def test_path_is_module_path(path):
+    "A notebook of a room makes the module of its name, in the order of its number; the other notebooks make none."
+    made = re.findall(r"^#\| default_exp (\S+)", "\n".join(cell["source"] for cell in code_cells(path)), flags=re.MULTILINE)
+    room = path.parent.relative_to(ROOT / "nbs").as_posix()
+    if path in LIBRARY:
+        name = path.stem if room == "." else f"{room}.{re.sub(r'^[0-9][0-9]_', '', path.stem)}"
+        assert made == [name] and (room == "." or path.stem[:2].isdigit())
+    else:
+        assert made == []
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name in ("experiments", "figures")], ids=identity)
 def test_parameters_cell(path):
     "papermill silently runs the defaults unless there is exactly one cell tagged `parameters`; only literals survive it."
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
@@ -56,33 +111,117 @@ def test_parameters_cell(path):
         ast.literal_eval(statement.value)
 
 
+# --- craft --------------------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=identity)
 def test_notebook_conventions(path):
-    "Cells have ids and a readable size; exported imports stand alone; no path of somebody's machine in the outputs."
-    text = path.read_text()
-    assert not re.search(r'(?<![\w.])/(home|root|work|Users)/', text), "an output or a cell holds a local path"
-    for cell in cells(path):
-        assert cell["id"]
-        if cell["cell_type"] != "code":
-            continue
-        source = "".join(cell["source"])
-        assert len(source.splitlines()) <= 45, f"cell too long:\n{source[:200]}"
-        if source.startswith("#| export"):
-            kinds = {isinstance(s, ast.Import | ast.ImportFrom) or "TYPE_CHECKING" in ast.unparse(s) for s in ast.parse(source).body}
-            assert len(kinds) <= 1, f"imports share a cell with code:\n{source[:200]}"
+    "Cells have ids and a readable size; exported imports stand alone; no kernel and no path of somebody's machine."
+    book = json.loads(path.read_text(encoding="utf-8"))
+    assert book["metadata"]["kernelspec"]["name"] == "python3"  # what every environment calls its own
+    assert not (found := re.search(r"(?<![\w.])/(home|root|work|Users)/", json.dumps(book, ensure_ascii=False))), f"a local path: {found}"
+    assert all(cell["id"] for cell in book["cells"])
+    for cell in code_cells(path):
+        lines = cell["source"].splitlines()
+        assert len(lines) <= 28, f"a cell of {len(lines)} lines (28 at most): {lines[:3]}"
+        assert not (wide := [line for line in lines if len(line) > 120]), f"lines of more than 120 columns: {wide}"
+        if cell["source"].startswith("#| export"):
+            kinds = {isinstance(s, ast.Import | ast.ImportFrom) or "TYPE_CHECKING" in ast.unparse(s) for s in syntax(cell["source"]).body}
+            assert len(kinds) <= 1, f"imports share a cell with code: {lines[:3]}"
 
 
-def test_imports_go_one_way():
-    "data <- models <- grading <- training <- study; Lightning and the schedulers only where the design says."
-    rooms = ["data", "models", "grading", "training", "study"]
-    for path in (ROOT / "echochamber").rglob("*.py"):
-        if path.parent.name not in rooms:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module and node.module.split(".")[0] in rooms:
-                target = node.module.split(".")[0]
-                assert rooms.index(target) <= rooms.index(path.parent.name), f"{path.name} imports {node.module}"
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {name.split(".")[0] for name in names}:
-                assert top not in ("papermill", "distributed", "dask") or path.parent.name == "study", f"{path}: {top}"
-                assert top != "lightning" or path.parent.name in ("training", "study") or path.name == "tokens.py", f"{path}: {top}"
+def exported_names(cell: dict) -> list[str]:
+    "Public functions and classes of an exported cell."
+    if not cell["source"].startswith("#| export\n"):
+        return []
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [s.name for s in syntax(cell["source"]).body if isinstance(s, kinds) and s.name[0] != "_"]
+
+
+def is_check(cell: dict) -> bool:
+    "Whether a reader sees here that something holds: an assertion, a test of fastcore's, an output or a picture."
+    if cell["source"].startswith(("#| export", "#| hide")):
+        return False
+    shown = [output for output in cell["outputs"] if output.get("name") != "stderr" and output["output_type"] != "error"]
+    asserts = any(isinstance(node, ast.Assert) or isinstance(node, ast.Call) and ast.unparse(node.func).startswith("test_")
+                  for node in ast.walk(syntax(cell["source"])))
+    return bool(shown) or asserts
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=identity)
+def test_an_export_is_followed_by_a_check(path):
+    "Within two code cells of every exported function or class something is asserted or shown."
+    found = code_cells(path)
+    unchecked = [name for place, cell in enumerate(found) for name in exported_names(cell)
+                 if not any(map(is_check, found[place + 1 : place + 3]))]
+    assert not unchecked, f"no check or picture within two code cells of {', '.join(unchecked)}"
+
+
+def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    "Public functions, and public methods of public classes."
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    for node in tree.body:
+        if isinstance(node, kinds) and node.name[0] != "_":
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield from ((f"{node.name}.{each.name}", each) for each in node.body if isinstance(each, kinds) and each.name[0] != "_")
+
+
+def refuses(function: ast.FunctionDef) -> bool:
+    "Whether a function raises `StudyError` itself."
+    raised = (node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc)
+    return any(ast.unparse(each).startswith("StudyError") for each in raised)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identity)
+def test_public_functions_say_what_they_are_and_what_they_refuse(path):
+    functions = list(public_functions(ast.parse(path.read_text())))
+    silent = [name for name, function in functions if "." not in name and not ast.get_docstring(function)]
+    assert not silent, f"no docstring: {', '.join(silent)}"
+    untold = [name for name, function in functions if refuses(function) and "StudyError" not in (ast.get_docstring(function) or "")]
+    assert not untold, f"raise StudyError and do not say so in their docstring: {', '.join(untold)}"
+
+
+# --- who imports whom ---------------------------------------------------------------------------------------------------
+
+def imports(tree: ast.Module, package: str = "") -> set[str]:
+    "Absolute names of all imported modules, wherever the import stands; `package` is what relative ones start from."
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
+            module = (start + (node.module or "")).rstrip(".")
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module in ("echochamber", "") else {module}
+    return found
+
+
+def test_relative_imports_are_understood():
+    tree = ast.parse("from ..core import a\nfrom .runs import b\nfrom . import runs\nfrom .. import plots\nimport torch.nn")
+    assert imports(tree, "echochamber.study") == {"echochamber.core", "echochamber.study.runs", "echochamber.study", "echochamber.plots", "torch.nn"}
+
+
+def imports_of(path: Path) -> set[str]:
+    if path.suffix == ".py":
+        return imports(ast.parse(path.read_text()), ".".join(path.relative_to(ROOT).parts[:-1]))
+    return set().union(*(imports(syntax(cell["source"])) for cell in code_cells(path)))
+
+
+@pytest.mark.parametrize("path", MODULES + LIBRARY, ids=lambda path: f"{identity(path)}")
+def test_imports_go_one_way(path):
+    "core, plots <- data <- models <- grading <- training <- study: in what is exported, and in what notebooks use to show it."
+    order = ("", *ROOMS)
+    room = path.parent.name if path.parent.name in ROOMS else ""
+    for name in imports_of(path):
+        if name.startswith("echochamber."):
+            target = name.split(".")[1]
+            assert target in SHARED or order.index(target) <= order.index(room), f"{identity(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES + LIBRARY, ids=identity)
+def test_heavy_machinery_stays_in_its_rooms(path):
+    "Only the study knows papermill and Dask; Lightning is where data are loaded, in training, and in the study."
+    room, module = path.parent.name, re.sub(r"^[0-9][0-9]_", "", path.stem)
+    for top in {name.split(".")[0] for name in imports_of(path)}:
+        assert top not in ("papermill", "distributed", "dask", "dask_jobqueue") or room == "study", f"{identity(path)} imports {top}"
+        assert top not in ("lightning", "pytorch_lightning") or room in ("training", "study") or module == "tokens", f"{identity(path)} imports {top}"

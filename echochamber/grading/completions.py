@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'POWERS', 'HEADLINES', 'check_fields', 'check_row', 'gold_key', 'check_gold', 'read_completions',
-           'as_evaluation', 'headlines', 'remarks', 'undecided_remark', 'rehearse', 'table_place']
+           'as_evaluation', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'rehearse', 'table_place']
 
-# %% ../../nbs/grading/05_completions.ipynb #22be2af2
+# %% ../../nbs/grading/05_completions.ipynb #76caf183
 import os
 import re
 import tempfile
@@ -17,10 +17,10 @@ import pandas as pd
 
 from ..core import StudyError
 from ..data.benchmarks import read_jsonl
-from .answers import read_gold
+from .answers import outcome_table, read_gold
 from .metrics import MOST_VOTES, summarise, vote_key
 
-# %% ../../nbs/grading/05_completions.ipynb #18a2d836
+# %% ../../nbs/grading/05_completions.ipynb #33df8537
 FIELDS = ("question", "answer", "completion")
 
 
@@ -36,7 +36,7 @@ def check_fields(row: dict, where: str) -> None:
         if re.search("[\ud800-\udfff]", row[field]):
             raise StudyError(f"{where}: field `{field}` holds half a character (a lone surrogate); remove it")
 
-# %% ../../nbs/grading/05_completions.ipynb #5a0e272e
+# %% ../../nbs/grading/05_completions.ipynb #a4edf6cc
 def check_row(row: dict, where: str) -> None:
     "Raises `StudyError` unless a row has its fields, a question, and a gold answer that says something."
     check_fields(row, where)
@@ -51,7 +51,7 @@ def gold_key(answer: str) -> str:
     "What a gold answer says: equal for `18`, `18.0` and a worked solution that ends in `#### 18`; empty if nothing."
     return vote_key(read_gold(answer))
 
-# %% ../../nbs/grading/05_completions.ipynb #bfe74ae4
+# %% ../../nbs/grading/05_completions.ipynb #5994256e
 def check_gold(row: dict, where: str, golds: dict[str, tuple[str, str, str]]) -> None:
     """Raises `StudyError` if an earlier line gives the same question another gold answer.
 
@@ -63,7 +63,7 @@ def check_gold(row: dict, where: str, golds: dict[str, tuple[str, str, str]]) ->
         raise StudyError(f"{where}: the gold answer is `{here}`, but the same question has `{earlier}` in "
                          f"{place.rpartition(', ')[2]}; correct one of them, or make the two questions differ")
 
-# %% ../../nbs/grading/05_completions.ipynb #8f41f534
+# %% ../../nbs/grading/05_completions.ipynb #60c2a26f
 def read_completions(path: str | Path) -> pd.DataFrame:
     """The rows of a JSON-lines file, columns `question, answer, completion`.
 
@@ -77,13 +77,13 @@ def read_completions(path: str | Path) -> pd.DataFrame:
         raise StudyError(f"{path}: holds no completions; give one JSON object per line")
     return pd.DataFrame(rows, columns=list(FIELDS))
 
-# %% ../../nbs/grading/05_completions.ipynb #897d65af
+# %% ../../nbs/grading/05_completions.ipynb #af5aa365
 def as_evaluation(graded: pd.DataFrame) -> pd.DataFrame:
     "An evaluation from graded completions: `problem` numbers their questions, `sample` the completions of each."
     questions = graded.groupby("question", sort=False)
     return graded.assign(problem=questions.ngroup(), sample=questions.cumcount(), mode="sampled", ended=True)
 
-# %% ../../nbs/grading/05_completions.ipynb #c952b218
+# %% ../../nbs/grading/05_completions.ipynb #d19b78a8
 POWERS = (2, 4, 8, 16, 32, 64, 128)
 HEADLINES = {"accuracy": "accuracy (lenient)", "strict_accuracy": "accuracy (strict)",
              "pass_at_k": "pass@{k}", "majority_at_k": "maj@{k}"}
@@ -98,11 +98,12 @@ def headlines(evaluation: pd.DataFrame) -> pd.DataFrame:
         summary = pd.concat([summarise(evaluation, []), kept[kept.metric.str.endswith("_at_k")]])
     else:
         summary = summarise(evaluation, ks)
-    told = summary.metric.isin(HEADLINES) & (summary.format == "all") & (summary.outcome == "all") & summary.k.ne(1).fillna(True)
+    whole = (summary.format == "all") & (summary.outcome == "all")
+    told = whole & summary.metric.isin(HEADLINES) & summary.k.ne(1).fillna(True)
     names = [HEADLINES[row.metric].format(k=row.k) for row in summary[told].itertuples()]
     return summary.loc[told, ["value", "low", "high"]].assign(measure=names).reset_index(drop=True)
 
-# %% ../../nbs/grading/05_completions.ipynb #99da56ab
+# %% ../../nbs/grading/05_completions.ipynb #cc02407b
 def remarks(evaluation: pd.DataFrame) -> list[str]:
     "What has to be known beside the headlines of one mode, a sentence each."
     samples = evaluation.groupby("problem").size()
@@ -121,7 +122,20 @@ def undecided_remark(count: int) -> str:
     counted = f"{count:,} comparison{'' if one else 's'} of LaTeX could not be decided"
     return f"{counted} and count{'s' if one else ''} as wrong" if count else ''
 
-# %% ../../nbs/grading/05_completions.ipynb #1754921a
+# %% ../../nbs/grading/05_completions.ipynb #78c75193
+def evaluation_lines(evaluation: pd.DataFrame, undecided: int = 0) -> list[str]:
+    "Outcomes by format, then for each mode the headlines with their intervals and what has to be known beside them."
+    counts = outcome_table(evaluation).rename_axis(index=None, columns="format")
+    lines = counts.map("{:,}".format).to_string().split("\n")
+    for mode, rows in evaluation.groupby("mode", sort=True):
+        questions = rows["problem"].nunique()
+        lines += ["", f"{mode}, {questions:,} question{'s' * (questions != 1)}, 95 % intervals over questions"]
+        lines += [f"  {row.measure:<20} {100 * row.value:6.2f} %   [{100 * row.low:.2f}, {100 * row.high:.2f}]"
+                  for row in headlines(rows).itertuples()]
+        lines += [f"  ({remark})" for remark in remarks(rows)]
+    return lines + (["", undecided_remark(undecided)] if undecided else [])
+
+# %% ../../nbs/grading/05_completions.ipynb #5f2a9226
 def rehearse(out: Path) -> None:
     "Raises `StudyError` unless a file can be written at a place, its missing folders included; leaves nothing behind."
     home = next(place for place in out.absolute().parents if os.path.exists(place))
@@ -136,7 +150,7 @@ def rehearse(out: Path) -> None:
         reason = f"{home} does not allow it" if isinstance(error, PermissionError) else error.strerror
         raise StudyError(f"{out}: cannot be written ({reason}); give another path") from None
 
-# %% ../../nbs/grading/05_completions.ipynb #cfd89a70
+# %% ../../nbs/grading/05_completions.ipynb #edbe6bf4
 def table_place(out: str | Path) -> Path:
     "A place for a table, `~` expanded. Raises `StudyError` unless it ends in `.parquet` and can be written."
     try:

@@ -91,13 +91,14 @@ class History(L.Callback):
 
 # %% ../../nbs/training/00_fitting.ipynb #cbc17314
 class AtomicCheckpointIO(TorchCheckpointIO):
-    "Writes a Lightning checkpoint whole or not at all. Raises `StudyError` if one that is read is damaged."
+    "Writes a Lightning checkpoint whole or not at all, and refuses to read a damaged one."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file object reports a full disk as such
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=None):
+        "Raises `StudyError` if the file cannot be read to its end."
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -131,8 +132,8 @@ def check_origin(model: torch.nn.Module, folder: Path) -> None:
     if not mark.exists() and process_rank() == 0:
         write_text(mark, digest.hexdigest() + "\n")
     elif mark.exists() and mark.read_text().strip() != digest.hexdigest():
-        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the model "
-                         "that it started from again, or give another folder")
+        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the "
+                         "model that it started from again, or give another folder")
 
 # %% ../../nbs/training/00_fitting.ipynb #d524aeee
 class Snapshots(L.Callback):
@@ -199,7 +200,7 @@ class FitConfig(StrictConfig):
     steps: int = Field(gt=0, description="length of the run [optimiser steps]")
     accumulate: int = Field(1, gt=0, description="micro-batches per optimiser step and process")
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
-    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast; state it to compare")
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
 
 # %% ../../nbs/training/00_fitting.ipynb #3c9df3b2
@@ -238,8 +239,8 @@ def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -
 def refuse_forks_of_a_gpu(processes: int) -> None:
     "Raises `StudyError` if several processes are to be forked from a notebook that has used a GPU."
     if processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):
-        raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; train "
-                         "this run with processes = 1 (runs share the GPUs of a machine), or from a script")
+        raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; "
+                         "train this run with processes = 1 (runs share the GPUs of a machine), or from a script")
 
 
 def error_of_fork(error: Exception) -> Exception:
