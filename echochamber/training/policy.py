@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 
 from ..data.benchmarks import Question
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, log_probs_and_entropy
 from .algorithms import OnPolicyConfig
 from .critic import Critic
 from .diagnostics import StopConditions
 from .experience import RolloutData
 from .fitting import check_origin, fit, make_optimiser
 from .losses import policy_loss, value_loss
-from .rollouts import GradesCompletions, log_probs_and_entropy
+from .rollouts import GradesCompletions
 from .steps import WeightedLossModule
 
 # %% ../../nbs/training/09_policy.ipynb #ef64bbc6

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GradesCompletions', 'Rollouts', 'sample_and_grade', 'rollouts_frame', 'pad_prompt_completion', 'align_rollouts',
-           'log_probs_and_entropy', 'prompt_order', 'row_seeds', 'pad_and_concatenate', 'join_rollouts']
+           'prompt_order', 'row_seeds', 'pad_and_concatenate', 'join_rollouts']
 
 # %% ../../nbs/training/04_rollouts.ipynb #a729f57b
 import time
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ..core import StudyError
 from ..data.benchmarks import Question
 from ..grading.answers import Grade
-from ..models.decoder import Decoder, meet_vocabulary
+from ..models.decoder import Decoder
 from ..models.generation import Completions, SamplingConfig, generate
 
 # %% ../../nbs/training/04_rollouts.ipynb #6d6c8cab
@@ -104,23 +104,6 @@ def align_rollouts(rollouts: Rollouts) -> dict[str, torch.Tensor]:
     log_probs = torch.zeros(aligned["mask"].shape)  # [N, T-1]
     log_probs[aligned["mask"]] = completions.log_probs[completions.written]  # row by row, in the same order
     return aligned | {"behaviour_log_probs": log_probs, "ended": completions.ended}
-
-# %% ../../nbs/training/04_rollouts.ipynb #6c756b0e
-def log_probs_and_entropy(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor,
-                          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of the next token and entropy of its prediction [nats], `[N, T-1]` fp32; 0 where `mask` does not hold.
-
-    The vocabulary is only met at the M positions that count. Entropy has no gradient."""
-    def log_prob_and_entropy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        log_probs = (decoder.logits(hidden).float() / temperature).log_softmax(-1)  # [M, V]
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [M]
-        return torch.stack([log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy], -1)  # [M, 2]
-
-    hidden, targets = decoder.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask]  # [M, D], [M]
-    judged = meet_vocabulary(log_prob_and_entropy, hidden, targets, decoder.config.vocab_size)  # [M, 2]
-    nothing = torch.zeros(mask.shape, device=tokens.device)  # [N, T-1]
-    return tuple(nothing.masked_scatter(mask, column) for column in judged.unbind(-1))
 
 # %% ../../nbs/training/04_rollouts.ipynb #c058dbd3
 def prompt_order(rollout: int, prompts: int, questions: int, seed: int) -> list[int]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'step_metrics', 'sampler_gap', 'LoggedModule', 'WeightedLossModule']
 
-# %% ../../nbs/training/08_steps.ipynb #b6b54b71
+# %% ../../nbs/training/08_steps.ipynb #b48439be
 import time
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from .distributed import gather, process_count
 from .fitting import FitConfig, make_optimiser
 from .losses import combine_statistics, mean_statistics
 
-# %% ../../nbs/training/08_steps.ipynb #7d0f8998
+# %% ../../nbs/training/08_steps.ipynb #cbdd5c22
 Part = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # losses by name, sums of statistics; all scalars
 
 
@@ -35,7 +35,7 @@ def sampler_gap(metrics: dict[str, float], first_step: bool) -> dict[str, float]
 
 # %% ../../nbs/training/08_steps.ipynb #94e81114
 class LoggedModule(L.LightningModule):
-    "Clips the gradient of each network by itself, logs each step once. Raises `StudyError` if a gradient is not finite."
+    "Clips the gradient of each network by itself, logs each step once. Raises `StudyError` if one is not finite."
 
     def __init__(self, networks: dict[str, torch.nn.Module], config: FitConfig):
         super().__init__()
@@ -60,7 +60,7 @@ class LoggedModule(L.LightningModule):
         metrics |= {"seconds_train": seconds, "tokens_per_second_train": metrics["tokens"] / seconds}
         self.log_dict(metrics | {"learning_rate": optimizer.param_groups[0]["lr"]})
 
-# %% ../../nbs/training/08_steps.ipynb #fab0a8b3
+# %% ../../nbs/training/08_steps.ipynb #41590733
 def on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The same values without their gradient, where they can be gathered."
     return {name: value.detach().cpu() for name, value in values.items()}
