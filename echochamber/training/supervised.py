@@ -25,12 +25,12 @@ from ..data.corpora import SourceConfig
 from ..data.formats import document, render_solution
 from ..data.problems import Problem
 from ..data.tokens import rows_at
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, log_probs_and_entropy
 from .distributed import process_rank
 from .experience import split_micro_batches
 from .fitting import FitConfig, OptimiserConfig, fit
 from .losses import LossConfig, loss_weights, sft_loss
-from .rollouts import log_probs_and_entropy, pad_prompt_completion
+from .rollouts import pad_prompt_completion
 from .steps import WeightedLossModule
 
 # %% ../../nbs/training/10_supervised.ipynb #97d57c91
