@@ -172,13 +172,14 @@ def submit_jobs(cluster, jobs: int) -> None:
     cluster.scale(jobs=jobs)
     while len(cluster.workers) < jobs:
         time.sleep(0.05)
-    for job in cluster.workers.values():
-        if job.job_id is None:
-            try:
-                cluster.sync(job.start)  # once more, to hear why
-            except Exception as error:
-                job.status = Status.failed
-                raise StudyError(f"SLURM does not take the job ({' '.join(str(error).split())})") from None
+    refused = [job for job in cluster.workers.values() if job.job_id is None]
+    for job in refused:
+        job.status = Status.failed  # or the cluster could not be closed
+    try:
+        for job in refused:
+            cluster.sync(job.start)  # once more, to hear why
+    except Exception as error:
+        raise StudyError(f"SLURM does not take the job ({' '.join(str(error).split())})") from None
 
 # %% ../../nbs/study/07_graph.ipynb #ddb43741
 def clock(seconds: float) -> str:
