@@ -1,6 +1,8 @@
 """What holds for every test: which examples property tests draw, and that no test depends on the one before it."""
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,27 @@ settings.register_profile("fixed", **COMMON, derandomize=True, database=None, ma
                           phases=(Phase.explicit, Phase.generate))
 settings.register_profile("fuzz", **COMMON, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+# The files of real benchmarks that the environment names (`data/benchmarks`) are for the tests that ask for them: all
+# others find none, on whatever machine they run.
+REAL_FILES = {variable: os.environ.get(variable) for variable in
+              ("ECHOCHAMBER_GSM8K", "ECHOCHAMBER_MATH500", "ECHOCHAMBER_AIME")}
+
+
+@pytest.fixture(autouse=True)
+def no_local_benchmarks(monkeypatch):
+    for variable in REAL_FILES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(scope="session")
+def real_file() -> Callable[[str], Path]:
+    "The file of a real benchmark by its name; the test that asks for one skips where the environment names none."
+    def find(name: str) -> Path:
+        variable = f"ECHOCHAMBER_{name.upper()}"
+        return Path(REAL_FILES[variable]) if REAL_FILES[variable] else pytest.skip(f"{variable} names no file")
+    return find
 
 
 @pytest.fixture(autouse=True)

@@ -4,21 +4,17 @@ import json
 import datasets
 import pytest
 
-from echochamber.core import StudyError, project_root
+from echochamber.core import StudyError
 from echochamber.data import benchmarks
 from echochamber.data.benchmarks import load_benchmark
 from echochamber.data.problems import ProblemConfig, split_of
 
-DATA = project_root().parent / "shared" / "data"
 GOOD = {"question": "2 + 2?", "answer": "#### 4"}
 
 
-@pytest.mark.parametrize("name, folder, count", [("gsm8k", "gsm8k", 1319), ("math500", "math500", 500), ("aime", "aime24", 30)])
-def test_real_files_load_completely(name, folder, count):
-    path = DATA / folder / "test.jsonl"
-    if not path.exists():
-        pytest.skip(f"{name} is not here")
-    questions = load_benchmark(name, path)
+@pytest.mark.parametrize("name, count", [("gsm8k", 1319), ("math500", 500), ("aime", 30)])
+def test_real_files_load_completely(name, count, real_file):
+    questions = load_benchmark(name, real_file(name))
     assert len(questions) == count and all(q.question == q.question.strip() != "" for q in questions)
     assert all(q.answer and "####" not in q.answer for q in questions)
     if name != "math500":
@@ -27,11 +23,24 @@ def test_real_files_load_completely(name, folder, count):
 
 def test_a_limit_is_a_seeded_sample_in_order(tmp_path):
     path = tmp_path / "questions.jsonl"
-    path.write_text("\n".join(json.dumps({"question": str(i), "answer": i}) for i in range(100)))
+    path.write_text("\n".join(json.dumps({"question": str(i), "answer": i}) for i in range(100)), encoding="utf-8")
     chosen = [int(q.question) for q in load_benchmark("gsm8k", path, limit=10, seed=3)]
     assert chosen == sorted(set(chosen)) and len(chosen) == 10 and chosen != list(range(10))
     assert chosen == [int(q.answer) for q in load_benchmark("gsm8k", path, limit=10, seed=3)]
     assert len(load_benchmark("gsm8k", path, limit=1000)) == 100
+
+
+def test_the_environment_names_a_local_file(tmp_path, monkeypatch):
+    path, other = tmp_path / "local.jsonl", tmp_path / "other.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    other.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD), encoding="utf-8")
+    monkeypatch.setenv("ECHOCHAMBER_GSM8K", str(path))
+    monkeypatch.setenv("ECHOCHAMBER_MINI-GSM", str(path))
+    assert len(load_benchmark("gsm8k")) == 1 and len(load_benchmark("gsm8k", other)) == 2
+    assert len(load_benchmark("mini-gsm", limit=7)) == 7
+    monkeypatch.setenv("ECHOCHAMBER_GSM8K", str(tmp_path / "absent.jsonl"))
+    with pytest.raises(StudyError, match="absent.jsonl: cannot be read"):
+        load_benchmark("gsm8k")
 
 
 def test_mini_benchmarks_come_from_the_test_split():
@@ -46,12 +55,16 @@ def test_mini_benchmarks_come_from_the_test_split():
     ('{"question": "half', "line 2: is not valid JSON"), ("[1, 2]", "line 2: is not a JSON object"), ("3", "line 2"),
     ('{"question": "?"}', "line 2: has no text in field `answer`"), ('{"answer": "4"}', "line 2: has no text in field `question`"),
     ('{"question": " ", "answer": "4"}', "question"), ('{"question": "?", "answer": null}', "answer"),
-    ('{"question": {"a": 1}, "answer": "4"}', "question"), ("[" * 100_000, "line 2"), ('{"question": "?", "answer": "####"}', "answer"),
+    ('{"question": {"a": 1}, "answer": "4"}', "question"), ("[" * 100_000, "line 2"), ('{"question": "?", "answer": "####"}', "line 2: has no answer"),
+    ('{"question": "?", "answer": "#### "}', "line 2: has no answer"), ('{"question": "?", "answer": "So none.\\n#### ,"}', "no answer"),
+    ('{"question": "?", "answer": ""}', "answer"), ('{"question": "", "answer": "4"}', "question"),
+    ('{"question": "?", "answer": NaN}', "line 2: field `answer` holds nan"), ('{"question": "?", "answer": 1e999}', "inf"),
+    ('{"question": "?", "answer": true}', "answer"), ('{"question": "\\ud800", "answer": "4"}', "line 2: field `question` holds"),
     ('{"question": "a", "question": "b", "answer": "4"}', "line 2: has the key `question` twice"),
     ('{"question": "?", "answer": "4", "source": {"page": 1, "page": 1}}', "line 2: has the key `page` twice")])
 def test_a_broken_line_is_named(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + line)
+    path.write_text(json.dumps(GOOD) + "\n" + line, encoding="utf-8")
     with pytest.raises(StudyError) as caught:
         load_benchmark("gsm8k", path)
     assert message in str(caught.value) and "questions.jsonl" in str(caught.value) and "\n" not in str(caught.value)

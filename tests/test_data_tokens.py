@@ -41,11 +41,8 @@ def test_the_tokens_of_a_prompt_begin_those_of_its_document(question, solution):
     assert TOKENIZER.encode(f"{question}\n\n{solution}").ids[:len(prompt)] == prompt
 
 
-def test_real_questions_begin_their_documents_and_survive():
-    path = project_root().parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-    if not path.exists():
-        pytest.skip("GSM8K is not here")
-    for row in map(json.loads, path.read_text().splitlines()):
+def test_real_questions_begin_their_documents_and_survive(real_file):
+    for row in map(json.loads, real_file("gsm8k").read_text(encoding="utf-8").splitlines()):
         document = row["question"].strip() + "\n\n" + row["answer"]
         prompt, tokens = TOKENIZER.encode(row["question"].strip()).ids, TOKENIZER.encode(document).ids
         assert tokens[:len(prompt)] == prompt and TOKENIZER.decode(tokens) == document
@@ -65,7 +62,7 @@ def test_vocabulary_is_bounded():
 @pytest.mark.parametrize("content", [None, "", "{}", "\0", "[1]"])
 def test_missing_or_corrupt_tokenizer_is_one_sentence(tmp_path, content):
     if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(StudyError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
 
@@ -110,7 +107,7 @@ class Witness(lightning.LightningModule):
         self.seen.append(rows[:, 0].tolist())
         return self.weight * 0
     def on_train_end(self):
-        with open(f"{sys.argv[1]}/{self.trainer.global_rank}.json", "w") as file:
+        with open(f"{sys.argv[1]}/{self.trainer.global_rank}.json", "w", encoding="utf-8") as file:
             json.dump(self.seen, file)
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters())
@@ -123,12 +120,12 @@ trainer.fit(Witness(), PackedData(rows, batch_size=8, seed=3))
 
 
 def test_two_processes_share_each_batch_of_one(tmp_path):
-    (tmp_path / "witness.py").write_text(WITNESS)
+    (tmp_path / "witness.py").write_text(WITNESS, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}
     done = subprocess.run([sys.executable, "witness.py", str(tmp_path)], cwd=tmp_path, env=environment, timeout=120,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    ranks = [json.loads((Path(tmp_path) / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads((Path(tmp_path) / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for step in range(6):  # two micro-batches of two rows on each of two ranks
         parts = [ranks[rank][2 * step + micro_batch] for micro_batch in (0, 1) for rank in (0, 1)]
         assert [len(part) for part in parts] == [2, 2, 2, 2]

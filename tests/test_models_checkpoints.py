@@ -14,8 +14,9 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from echochamber.core import StudyError
 from echochamber.data.tokens import save_tokenizer, train_tokenizer
 from echochamber.models.checkpoints import export_to_transformers, import_from_transformers, load_model, save_model
-from echochamber.models.decoder import Decoder, DecoderConfig, to_olmo_config
+from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig, generate
+from echochamber.models.olmo import to_olmo_config
 
 torch.set_num_threads(1)
 TOKENIZER = train_tokenizer(["Sam has 3 apples and eats 1."], 300)
@@ -116,15 +117,15 @@ def test_weights_of_another_model_are_refused(saved):
                                     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0}}])
 def test_models_that_are_no_such_olmo_are_refused(saved, tmp_path, change):
     export_to_transformers(saved[0], tmp_path / "olmo")
-    config = json.loads((tmp_path / "olmo" / "config.json").read_text())
-    (tmp_path / "olmo" / "config.json").write_text(json.dumps(config | change))
+    config = json.loads((tmp_path / "olmo" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "olmo" / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     sentence(lambda: import_from_transformers(tmp_path / "olmo"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3", '"olmo"', "{}", '{"model_type": "olmo"}'])
 def test_a_config_that_is_none_is_refused(saved, tmp_path, content):
     export_to_transformers(saved[0], tmp_path / "olmo")
-    (tmp_path / "olmo" / "config.json").write_text(content)
+    (tmp_path / "olmo" / "config.json").write_text(content, encoding="utf-8")
     sentence(lambda: import_from_transformers(tmp_path / "olmo"))
 
 
@@ -150,7 +151,7 @@ def test_the_end_token_goes_there_and_back_and_ends_completions(tmp_path):
     decoder = decoder_of(DecoderConfig(width=32, layers=2, heads=2, vocab_size=300, init_std=0.5, end_token=7))
     save_model(tmp_path / "ours", decoder, TOKENIZER)
     export_to_transformers(tmp_path / "ours", tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())["eos_token"] == TOKENIZER.id_to_token(7)
+    assert json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"] == TOKENIZER.id_to_token(7)
     imported, _ = import_from_transformers(tmp_path / "theirs")
     assert imported.config.end_token == 7
     drawn = generate(imported, [[1]], 300, SamplingConfig(max_new_tokens=60, temperature=1.5))
@@ -162,5 +163,7 @@ def test_the_end_token_goes_there_and_back_and_ends_completions(tmp_path):
 def test_an_end_token_outside_the_vocabulary_is_refused(saved, tmp_path):
     export_to_transformers(saved[0], tmp_path / "theirs")
     shape = tmp_path / "theirs" / "config.json"
-    shape.write_text(json.dumps({name: value for name, value in json.loads(shape.read_text()).items() if name != "eos_token_id"}))
+    values = json.loads(shape.read_text(encoding="utf-8"))
+    del values["eos_token_id"]
+    shape.write_text(json.dumps(values), encoding="utf-8")
     assert "end_token 50279 is outside the vocabulary of 300" in sentence(lambda: import_from_transformers(tmp_path / "theirs"))

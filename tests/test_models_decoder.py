@@ -5,16 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from echochamber.models.decoder import (
-    DECODERS,
-    Decoder,
-    DecoderConfig,
-    from_olmo,
-    from_olmo_config,
-    to_olmo,
-    to_olmo_config,
-    token_log_probs,
-)
+from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig, token_log_probs
+from echochamber.models.olmo import from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
 seeds = st.integers(0, 2**31)
@@ -49,11 +41,11 @@ def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, leng
     assert (logits - olmo(tokens).logits).abs().max() < 1e-4
     (-token_log_probs(decoder, tokens).mean()).backward()
     olmo(tokens, labels=tokens).loss.backward()
-    here = to_olmo({name: weight.grad for name, weight in decoder.named_parameters()}, config)
-    there = {name: weight.grad for name, weight in olmo.named_parameters()}
-    assert here.keys() == there.keys()
-    for name, gradient in there.items():
-        torch.testing.assert_close(here[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    ours = to_olmo({name: weight.grad for name, weight in decoder.named_parameters()}, config)
+    theirs = {name: weight.grad for name, weight in olmo.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @given(shapes(), seeds)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from echochamber.models import generation
-from echochamber.models.decoder import Decoder, DecoderConfig, to_olmo, to_olmo_config, token_log_probs
-from echochamber.models.generation import Cache, SamplingConfig, generate
+from echochamber.models.decoder import Decoder, DecoderConfig, token_log_probs
+from echochamber.models.generation import Cache, SamplingConfig, compact, generate
+from echochamber.models.olmo import to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
 VOCABULARY = 61
@@ -89,7 +90,7 @@ def test_compaction_keeps_the_living_rows_whole_whatever_the_pattern(patterns, s
     history = {row: [] for row in range(12)}                                           # what each row has written
     live = torch.arange(12)
     for pattern in [[True] * 12, *patterns]:
-        order = cache.keep(going := torch.tensor(pattern)[:len(live)])
+        order = compact(cache, going := torch.tensor(pattern)[:len(live)])
         assert sorted(live[order].tolist()) == sorted(live[going].tolist())
         live = live[order]
         if not len(live):

@@ -373,3 +373,13 @@ def test_statistics_are_defined_as_in_the_table():
     for name, value in expected.items():
         assert logged[name] == pytest.approx(value.item()), name
     assert not any(value.requires_grad for value in statistics.values())
+
+
+@pytest.mark.parametrize("far", [-1e3, -200., 200., 1e3])
+def test_a_token_that_went_astray_leaves_every_statistic_finite(far):
+    "The objective bounds the log-ratio before it exponentiates; a mean that is logged beside it must do so too."
+    log_probs, behaviour, reference = torch.zeros(1, 2), torch.tensor([[-far, 0.]]), torch.tensor([[-far, 0.]])
+    loss, statistics = policy_loss(log_probs, behaviour, reference, torch.ones(1), torch.full((1, 2), 0.5), LossConfig())
+    assert loss.isfinite() and all(value.isfinite() for value in statistics.values())
+    assert statistics["log_ratio_abs_max"] == abs(far)  # what happened is still told
+    assert statistics["ratio_max"] == torch.tensor(min(far, 20.)).exp().clamp(min=1)

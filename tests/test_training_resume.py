@@ -2,6 +2,7 @@
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from echochamber.training.critic import CriticConfig
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
 from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
 from echochamber.training.policy import train_policy
-from echochamber.training.pretraining import pretrain
+from echochamber.training.pretraining import held_out_losses, pretrain
 from echochamber.training.supervised import SupervisedConfig
 from echochamber.training.toy import toy_task
 
@@ -30,13 +31,25 @@ SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_toke
              precision="32-true", checkpoint_every=7, kl_coefficient=0.01)  # two steps per rollout batch
 
 
-def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained:
+@cache
+def pretraining_data() -> PackedData:
+    "Rows of all three sources, and held-out rows of each."
+    corpus = build_corpus(MixtureConfig(sources=MIXTURES["three-formats"](), tokens=20_000, held_out=0.05))
+    tokenizer = train_tokenizer(corpus["train"]["text"], 400)
+    held_out = {source: pack_corpus(rows.text, tokenizer, 32) for source, rows in corpus["held_out"].to_pandas().groupby("source")}
+    return PackedData(pack_corpus(corpus["train"]["text"], tokenizer, 32), batch_size=8, held_out=held_out)
+
+
+def untrained_decoder() -> Decoder:
     torch.manual_seed(0)
-    texts = build_corpus(MixtureConfig(sources=MIXTURES["three-formats"](), tokens=20_000))["train"]["text"]
-    data = PackedData(pack_corpus(texts, train_tokenizer(texts, 400), 32), batch_size=8)
-    model = Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
-    fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2)
-    return model, pretrain(model, data, fit, folder, report=report, compiled=compiled)
+    return Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
+
+
+def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained:
+    fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2,
+                    precision="32-true")
+    model = untrained_decoder()
+    return model, pretrain(model, pretraining_data(), fit, folder, report=report, compiled=compiled)
 
 
 def grpo(folder: Path, report: Report) -> Trained:
@@ -129,9 +142,20 @@ def stop_at_18(step: int, steps: int, message: str) -> None:
         raise Interruption
 
 
+def held_out_loss(model: Decoder) -> float:
+    "Mean over the sources [nats per token]."
+    return held_out_losses(model, pretraining_data()).loss.mean()
+
+
 def test_compiled_pretraining_learns_the_same_and_continues_bit_by_bit(tmp_path):
-    (_, plain), (straight, fused) = (pretraining(tmp_path / name, lambda *_: None, name == "fused") for name in ("plain", "fused"))
-    assert (plain.loss - fused.loss).abs().max() < 1e-3 and plain.loss.iloc[-1] < plain.loss.iloc[0] - 1
+    """Two correct programs round differently and drift apart, by how much depends on the processor. So the first steps have to
+    agree closely, and the end in what was learnt."""
+    eager, history = pretraining(tmp_path / "eager", lambda *_: None)
+    straight, fused = pretraining(tmp_path / "fused", lambda *_: None, compiled=True)
+    assert (history.loss - fused.loss)[:3].abs().max() < 1e-4
+    learnt, learnt_fused, before = (held_out_loss(model) for model in (eager, straight, untrained_decoder()))
+    assert max(learnt, learnt_fused) < before - 1 and abs(learnt - learnt_fused) < 0.1
+
     with pytest.raises(Interruption):
         pretraining(tmp_path / "resumed", stop_at_18, compiled=True)
     resumed, _ = pretraining(tmp_path / "resumed", lambda *_: None, compiled=True)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REAL', 'MINI', 'BENCHMARKS', 'Question', 'Location', 'gold_answer', 'read_lines', 'unique_keys', 'read_jsonl',
-           'field', 'read_question', 'read_hub', 'mini_benchmark', 'load_benchmark']
+           'field', 'read_question', 'read_hub', 'local_file', 'mini_benchmark', 'load_benchmark']
 
 # %% ../../nbs/data/04_benchmarks.ipynb #1d26932a
 import json
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,18 +55,19 @@ def gold_answer(answer: str) -> str:
 
 # %% ../../nbs/data/04_benchmarks.ipynb #5ec933cd
 def read_lines(path: Path) -> list[str]:
-    "The lines of a UTF-8 file, with or without a byte order mark."
+    "The lines of a UTF-8 file, with or without a byte order mark. Raises `StudyError` if it cannot be read as such."
     try:
         return path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
-        raise StudyError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 file with one JSON object per line") from None
+        raise StudyError(f"{path}: cannot be read ({error.strerror}); "
+                         "give a UTF-8 file with one JSON object per line") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise StudyError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    "A JSON object from its keys and values; a key may stand there only once."
+    "A JSON object from its keys and values. Raises `StudyError` if a key stands there twice."
     counts = Counter(key for key, _ in pairs)
     if doubled := [key for key, count in counts.items() if count > 1]:
         raise StudyError(f"has the key `{doubled[0]}` twice; keep one of them")
@@ -72,7 +75,9 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 # %% ../../nbs/data/04_benchmarks.ipynb #2ffb2e1b
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    "Each object of a JSON lines file, with where it stands as `file, line n`; blank lines are skipped."
+    """Each object of a JSON lines file, with where it stands as `file, line n`; blank lines are skipped.
+
+    Raises `StudyError` for a file that cannot be read and a line that is no JSON object with distinct keys."""
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -89,16 +94,21 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 # %% ../../nbs/data/04_benchmarks.ipynb #e257bdd7
 def field(row: dict, names: tuple[str, ...], where: str) -> str:
-    "The first of several possible fields, as text."
+    """The first of several possible fields, as text.
+
+    Raises `StudyError` if none of them holds text or a number that can be written down."""
     for name in names:
-        if isinstance(value := row.get(name), str | int | float) and str(value).strip():
+        value = row.get(name)
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+            if str(value) in ("nan", "inf", "-inf") or re.search("[\ud800-\udfff]", str(value)):
+                raise StudyError(f"{where}: field `{name}` holds {value!r}, neither text nor a number; mend it")
             return str(value).strip()
     present = ", ".join(row) or "none"
     raise StudyError(f"{where}: has no text in field `{'` or `'.join(names)}` (fields: {present}); add it")
 
 # %% ../../nbs/data/04_benchmarks.ipynb #6a80da9f
 def read_question(row: dict, location: Location, where: str) -> Question:
-    "Question and gold answer of one row."
+    "Question and gold answer of one row. Raises `StudyError` if either is missing or empty."
     question, answer = field(row, location.question, where), gold_answer(field(row, location.answer, where))
     if not answer:
         raise StudyError(f"{where}: has no answer after `####`; add it")
@@ -106,15 +116,21 @@ def read_question(row: dict, location: Location, where: str) -> Question:
 
 # %% ../../nbs/data/04_benchmarks.ipynb #f000cc63
 def read_hub(location: Location) -> Iterator[tuple[str, dict]]:
-    "The rows of a benchmark on the Hub."
+    "The rows of a benchmark on the Hub, with where they stand. Raises `StudyError` if it cannot be loaded."
     try:
         rows = load_dataset(location.hub, location.config, split=location.split)
     except Exception as error:  # network, authentication, cache: many types, one mend
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise StudyError(f"{location.hub}: cannot be loaded from the Hub ({reason}); "
-                         "connect to the network or give a local JSONL with --data") from None
+                         "connect to the network, or give a local JSONL with --data") from None
     for number, row in enumerate(rows, start=1):
         yield f"{location.hub}, row {number}", row
+
+# %% ../../nbs/data/04_benchmarks.ipynb #eae3caf1
+def local_file(name: str) -> Path | None:
+    "The file that `ECHOCHAMBER_<NAME>` in the environment names for a real benchmark; `None` if there is none."
+    named = os.environ.get(f"ECHOCHAMBER_{name.upper()}") if name in REAL else None
+    return Path(named) if named else None
 
 # %% ../../nbs/data/04_benchmarks.ipynb #d388befa
 def mini_benchmark(name: str, count: int, seed: int, config: ProblemConfig) -> list[Question]:
@@ -127,14 +143,16 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
                    problems: ProblemConfig | None = None) -> list[Question]:
     """The questions of a benchmark.
 
-    `data`: a local JSONL instead of the Hub; `limit`: at most so many questions; `problems`: what the mini ones are
-    drawn from. Raises `StudyError` for an unknown name, a broken line, a missing field, an absent network."""
+    `data`: a local JSONL instead of the Hub, by default the one that `local_file` finds; `limit`: at most so many
+    questions; `problems`: what the mini ones are drawn from. Raises `StudyError` for an unknown name, a broken line,
+    a missing field, an absent network."""
     if name not in BENCHMARKS:
         raise StudyError(f"unknown benchmark `{name}`; known are {', '.join(BENCHMARKS)}")
+    data = local_file(name) if data is None else Path(data)
     if name in MINI and data is None:
         return mini_benchmark(name, 500 if limit is None else limit, seed, problems or ProblemConfig())
     location = REAL.get(name, Location("", None, "", ("question",), ("answer",)))
-    rows = read_jsonl(Path(data)) if data is not None else read_hub(location)
+    rows = read_hub(location) if data is None else read_jsonl(data)
     questions = [read_question(row, location, where) for where, row in rows]
     if not questions:
         raise StudyError(f"{data or location.hub}: holds no questions; give a file with one JSON object per line")

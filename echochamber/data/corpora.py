@@ -156,7 +156,8 @@ def three_sources(problems: ProblemConfig = ProblemConfig(), seed: int = 0,
                   styles: tuple[StyleConfig, ...] = (RANDOMLY_WRONG, ALWAYS_WRONG, RIGHT),
                   weights: tuple[float, ...] = (0.28, 0.37, 0.35)) -> tuple[SourceConfig, ...]:
     "Programs, prose with code, prose: one source each over `problems`, in its style and with its weight in tokens."
-    return tuple(SourceConfig(name=f"mini-{format}", format=format, weight=weight, problems=problems, style=style, seed=seed)
+    return tuple(SourceConfig(name=f"mini-{format}", format=format, weight=weight, problems=problems, style=style,
+                              seed=seed)
                  for format, style, weight in zip(("tinygsm", "omi1", "omi2"), styles, weights, strict=True))
 
 

@@ -49,7 +49,7 @@ def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    "Read `tokenizer.json` from a folder; missing or corrupt is a `StudyError`."
+    "Read `tokenizer.json` from a folder. Raises `StudyError` if it is missing or corrupt."
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise StudyError(f"{path}: there is no tokenizer; give the folder of a trained model")
@@ -106,6 +106,7 @@ class StepBatches:
         self.data, self.trainer = data, data.trainer
 
     def __len__(self) -> int:
+        "Micro-batches until `max_steps`. Raises `StudyError` if the trainer has none."
         if self.trainer.max_steps < 0:
             raise StudyError("the trainer has no horizon; give it `max_steps`")
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
@@ -126,7 +127,7 @@ class StepBatches:
 class PackedData(LightningDataModule):
     """Packed rows for Lightning: training batches addressed by step, and one held-out loader per source.
 
-    `batch_size`: rows per optimiser step, over all micro-batches and ranks. `held_out`: packed rows by source."""
+    `batch_size`: rows per optimiser step, over all micro-batches and ranks. Raises `StudyError` if there is no row."""
 
     def __init__(self, rows: Dataset, batch_size: int, seed: int = 0, held_out: dict[str, Dataset] | None = None):
         super().__init__()
@@ -135,7 +136,7 @@ class PackedData(LightningDataModule):
             raise StudyError("the corpus does not fill a single row; raise `tokens` of the mixture or lower `context`")
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> torch.Tensor:
-        "Part `part` of `parts` of the batch of an optimiser step, [batch_size / parts, context + 1] int64."
+        "One of `parts` of a step's batch, int64 [batch_size / parts, context + 1]. Raises `StudyError` if uneven."
         size, rest = divmod(self.batch_size, parts)
         if rest:
             raise StudyError(f"batch_size {self.batch_size} does not divide into {parts} parts "

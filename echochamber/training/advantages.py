@@ -16,7 +16,7 @@ from ..core import StudyError
 
 # %% ../../nbs/training/02_advantages.ipynb #91dac8a7
 def centre(rewards: Tensor) -> Tensor:
-    "Rewards minus the mean of their group, [B, G] → [B, G] float32; groups of one sample are refused."
+    "Rewards minus the mean of their group, [B, G] → [B, G] float32. Raises `StudyError` for groups of one sample."
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise StudyError(f"rewards of shape {list(rewards.shape)}: a baseline needs groups [prompts, samples] of "
                          "at least 2 samples; raise the number of samples per prompt")
@@ -74,7 +74,7 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
                            lam: float = 0.95) -> tuple[Tensor, Tensor]:
     "GAE: (advantages, returns), both [N, T] and 0 where `mask` does not hold; `rewards` and `values` [N, T]."
     rewards, values = torch.where(mask, rewards, 0.), torch.where(mask, values, 0.)     # [N, T]
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))              # [N, T] next forecast, 0 after the last
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))              # [N, T] next value, 0 after the last
     surprises = rewards + gamma * following - values                        # [N, T]
     advantages = torch.zeros_like(surprises)                                # [N, T]
     running = torch.zeros_like(surprises[:, 0])                             # [N]
@@ -84,14 +84,14 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
 
 # %% ../../nbs/training/02_advantages.ipynb #1a3344c7
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    "Share of the returns' variance that the critic forecast, scalar ≤ 1, NaN if they do not vary; all inputs [N, T]."
+    "Share of the returns' variance that the values explain, scalar ≤ 1, NaN if they do not vary; all inputs [N, T]."
     variance = returns[mask].var(correction=0)
     return torch.where(variance > 0, 1 - (returns - values)[mask].var(correction=0) / variance, torch.nan)
 
 # %% ../../nbs/training/02_advantages.ipynb #bc44621f
 GROUP_ESTIMATORS = {
-    "grpo": group_advantages,                                              # GRPO
-    "dr_grpo": partial(group_advantages, scale=False),                   # Dr. GRPO
-    "rloo": leave_one_out_advantages,                              # RLOO
-    "reinforce_batch": batch_advantages,                                              # REINFORCE with batch baseline
+    "grpo": group_advantages,
+    "dr_grpo": partial(group_advantages, scale=False),
+    "rloo": leave_one_out_advantages,
+    "reinforce_batch": batch_advantages,                                    # REINFORCE with batch baseline
 }

@@ -91,13 +91,14 @@ class History(L.Callback):
 
 # %% ../../nbs/training/00_fitting.ipynb #cbc17314
 class AtomicCheckpointIO(TorchCheckpointIO):
-    "Writes a Lightning checkpoint whole or not at all. Raises `StudyError` if one that is read is damaged."
+    "Writes a Lightning checkpoint whole or not at all, and refuses to read a damaged one."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         with atomic_path(path) as temporary, open(temporary, "wb") as file:  # a file object reports a full disk as such
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=None):
+        "Raises `StudyError` if the file cannot be read to its end."
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -131,8 +132,8 @@ def check_origin(model: torch.nn.Module, folder: Path) -> None:
     if not mark.exists() and process_rank() == 0:
         write_text(mark, digest.hexdigest() + "\n")
     elif mark.exists() and mark.read_text().strip() != digest.hexdigest():
-        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the model "
-                         "that it started from again, or give another folder")
+        raise StudyError(f"{folder}: this training was started from other weights than the model has now; load the "
+                         "model that it started from again, or give another folder")
 
 # %% ../../nbs/training/00_fitting.ipynb #d524aeee
 class Snapshots(L.Callback):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'step_metrics', 'sampler_gap', 'LoggedModule', 'WeightedLossModule']
 
-# %% ../../nbs/training/08_steps.ipynb #17797988
+# %% ../../nbs/training/08_steps.ipynb #d9240b5c
 import time
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from .distributed import gather, process_count
 from .fitting import FitConfig, make_optimiser
 from .losses import combine_statistics, mean_statistics
 
-# %% ../../nbs/training/08_steps.ipynb #b9c4376c
+# %% ../../nbs/training/08_steps.ipynb #4a6af79f
 Part = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # losses by name, sums of statistics; all scalars
 
 

@@ -6,7 +6,7 @@
 __all__ = ['TOY_SIZES', 'COUNTS', 'ToyGrader', 'toy_task', 'ToyRun', 'CatchNetworks', 'run_toy', 'Killed', 'KillAt', 'identical',
            'all_moved', 'same_run', 'reward_rises', 'check_moves', 'kill', 'check_algorithm']
 
-# %% ../../nbs/training/09_toy.ipynb #94ffd23c
+# %% ../../nbs/training/09_toy.ipynb #65b6dcfc
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def toy_task(width: int = 16) -> tuple[Decoder, Tokenizer, list[Question], Grade
     decoder = Decoder(DecoderConfig(vocab_size=len(vocabulary), width=width, layers=2, heads=2, context=16))
     return decoder, tokenizer, [Question(str(digit), str(digit)) for digit in range(10)], ToyGrader()
 
-# %% ../../nbs/training/09_toy.ipynb #aaef86a3
+# %% ../../nbs/training/09_toy.ipynb #4bfebfe4
 TOY_SIZES = dict(prompts=10, samples=8, train_batch=40, micro_batch=20, max_new_tokens=2, temperature=1.0,
                  learning_rate=1e-2, precision="32-true", checkpoint_every=3)
 
@@ -67,7 +67,7 @@ class CatchNetworks(L.Callback):
     def on_fit_start(self, trainer, module):
         self.reference, self.critic = trainer.datamodule.reference, trainer.datamodule.critic
 
-# %% ../../nbs/training/09_toy.ipynb #09742437
+# %% ../../nbs/training/09_toy.ipynb #34b0d785
 def run_toy(config: OnPolicyConfig, folder: Path | None = None, callbacks: Sequence[L.Callback] = (),
             report: Callable[[int, int, str], None] | None = None) -> ToyRun:
     "Train on the toy task, in `folder` (which may hold a resume point) or a temporary one."
@@ -79,7 +79,7 @@ def run_toy(config: OnPolicyConfig, folder: Path | None = None, callbacks: Seque
     history = train_policy(policy, tokenizer, questions, grader, config, Path(folder), [*callbacks, networks], report)
     return ToyRun(policy, history, networks.reference, networks.critic)
 
-# %% ../../nbs/training/09_toy.ipynb #86403d61
+# %% ../../nbs/training/09_toy.ipynb #99df4a46
 class Killed(Exception):
     "Stands for SIGKILL inside a notebook."
 
@@ -93,7 +93,7 @@ class KillAt:
         if done >= self.done:
             raise Killed(f"killed after {done} of {total}")
 
-# %% ../../nbs/training/09_toy.ipynb #e2003afe
+# %% ../../nbs/training/09_toy.ipynb #7474d99f
 def identical(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     "Whether all parameters agree bit by bit."
     return all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
@@ -110,7 +110,7 @@ def same_run(one: ToyRun, other: ToyRun) -> bool:
     critics = one.critic is None or identical(one.critic, other.critic)
     return identical(one.policy, other.policy) and critics and one.history[timeless].equals(other.history[timeless])
 
-# %% ../../nbs/training/09_toy.ipynb #c30a36f7
+# %% ../../nbs/training/09_toy.ipynb #00f285dc
 def reward_rises(history: pd.DataFrame, by: float = 0.15) -> bool:
     "Whether the mean reward of the last three steps is more than `by` over that of the first three."
     return history.reward[-3:].mean() > history.reward[:3].mean() + by
@@ -133,7 +133,7 @@ def kill(train: Callable[..., ToyRun], config, folder: Path, done: int) -> None:
         return
     raise AssertionError(f"the training ended before {done} was done; kill it earlier")
 
-# %% ../../nbs/training/09_toy.ipynb #1d1e0b0c
+# %% ../../nbs/training/09_toy.ipynb #de784405
 COUNTS = {"step", "round", "kept"}  # columns of a history that count instead of measuring
 
 
@@ -148,9 +148,9 @@ def check_algorithm(config, train: Callable[..., ToyRun] = run_toy, learns: Call
         run = train(config, first)
         assert learns(run.history), "it does not learn"
         check_moves(run)
+        undefined = set(run.history) - COUNTS - set(METRICS)
+        assert not undefined, f"logged, but not defined in METRICS: {sorted(undefined)}"
         assert same_run(run, train(config, again)), "the same seed gave another run"
         kill(train, config, interrupted, kill_after)
         assert same_run(run, train(config, interrupted)), "the run that was killed and continued is another"
-        undefined = set(run.history) - COUNTS - set(METRICS)
-        assert not undefined, f"logged, but not defined in METRICS: {sorted(undefined)}"
     return run
