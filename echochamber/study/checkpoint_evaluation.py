@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'find_checkpoint', 'run_folder', 'read_config', 'trained_problems', 'file_hash', 'evaluation_name',
-           'plan_evaluation', 'question_line', 'evaluate_checkpoint']
+           'plan_evaluation', 'question_line', 'evaluate_checkpoint', 'read_evaluation']
 
 # %% ../../nbs/study/08_checkpoint_evaluation.ipynb #c589ce3b
 import json
@@ -116,4 +116,10 @@ def evaluate_checkpoint(folder: str | Path, benchmark: str, data: Path | None = 
     Raises `StudyError` where `find_checkpoint` and `plan_evaluation` do, and if the run fails."""
     run = plan_evaluation(find_checkpoint(folder), benchmark, data, **options)
     execute([run], console=console)
-    return pd.read_parquet(run.folder / "evaluation.parquet")
+    return read_evaluation(run)[0]
+
+
+def read_evaluation(run: Run) -> tuple[pd.DataFrame, int]:
+    "The rows of a finished evaluation, and how many comparisons of LaTeX could not be decided."
+    told = json.loads((run.folder / "provenance.json").read_text(encoding="utf-8"))
+    return pd.read_parquet(run.folder / "evaluation.parquet"), told.get("undecided", 0)
