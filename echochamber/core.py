@@ -90,8 +90,8 @@ def atomic_path(destination: str | Path):
         if temporary.is_dir() and destination.is_dir():
             shutil.rmtree(destination)
         os.replace(temporary, destination)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:  # libraries wrap the system's error in types of their own
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise StudyError(f"{destination}: no space left on the disk; free some and run the command again, "
                              "finished runs are kept") from error
         raise

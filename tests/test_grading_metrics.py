@@ -12,13 +12,18 @@ from echochamber.data.formats import FORMATS
 from echochamber.grading.answers import OUTCOMES
 from echochamber.grading.metrics import (
     accuracy_by_format,
-    bootstrap_interval,
+    crossed_interval,
+    difference_interval,
     format_shares,
+    half_width,
+    jackknife,
     majority_at_k,
     majority_curve,
     majority_vote,
-    open_ends,
     pass_at_k,
+    prediction_interval,
+    share,
+    share_interval,
     summarise,
     summarise_change,
 )
@@ -180,7 +185,34 @@ def test_changes_need_the_same_seeds_but_not_the_same_order():
 def test_majority_at_the_largest_size_and_beyond():
     assert np.isclose(majority_at_k(500, (499,), 1, 1000), 1) and np.isclose(majority_at_k(500, (500,), 0, 999), 0.5)
     with pytest.raises(StudyError, match="1,030"):
-        majority_at_k(515, (515,), 0, 10)
+        majority_at_k(515, (515,), 0, 515)
+    assert np.isclose(majority_at_k(515, (515,), 0, 11), 0.5)
+
+
+def test_a_curve_that_is_cut_short_equals_the_whole_one():
+    for votes in ((5, (3, 2, 2), 4), (0, (4,), 1), (7, (), 0), (3, (3, 3), 0)):
+        whole = majority_curve(*votes)
+        for most in range(len(whole)):
+            assert np.allclose(majority_curve(*votes, most), whole[:most + 1], atol=1e-14)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("samples", [1024, 1500, 5000])
+def test_thousands_of_samples_of_a_question_keep_their_accuracy(samples):
+    frame = imagine(2, samples)
+    summary = summarise(frame, ks=(1, 2, 128))
+    assert np.isclose(pick(summary, "accuracy", format="all").value, (frame.outcome == "correct").mean())
+    assert np.isclose(pick(summary, "majority_at_k", k=1).value, pick(summary, "pass_at_k", k=1).value)
+    assert pick(summary, "majority_at_k", k=2).value < pick(summary, "majority_at_k", k=128).value <= 1
+    assert pick(summary, "pass_at_k", k=128).value > 0.99
+
+
+def test_a_vote_that_cannot_be_counted_is_left_out_with_a_word():
+    frame = imagine(2, 1100)
+    with pytest.warns(UserWarning, match="maj@1,100 is left out"):
+        summary = summarise(frame, ks=(2, 1100))
+    assert set(summary[summary.metric == "pass_at_k"].k) == {2, 1100}
+    assert set(summary[summary.metric == "majority_at_k"].k) == {2}
 
 
 def test_a_missing_completion_keeps_the_sums_right():
@@ -209,44 +241,141 @@ def test_the_paired_interval_is_narrower_than_two_separate_ones():
     assert change.high - change.low < 0.5 * sum(each.high - each.low for each in separate)
     assert change.low > 0
     nothing = pick(summarise_change(before, before), "accuracy", format="all")
-    assert nothing.value == nothing.low == nothing.high == 0
+    assert nothing.value == 0 and 0 < nothing.high == -nothing.low < 0.01  # no change in 300 problems, not none anywhere
 
 
-@pytest.mark.parametrize("seeds, least", [(5, 0.85), (20, 0.92)])
-def test_crossed_intervals_cover_when_seeds_differ(seeds, least):
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_crossed_intervals_cover_when_seeds_differ(seeds):
     generator = np.random.default_rng(seeds)
-    problems, evaluations = 100, 400
-    effects = 0.5 + generator.normal(0, 0.1, (seeds, 1, evaluations)) + generator.normal(0, 0.2, (1, problems, evaluations))
-    low, high = bootstrap_interval(effects + generator.normal(0, 0.1, effects.shape))
-    covered = np.mean((low <= 0.5) & (0.5 <= high))
-    assert least < covered <= 0.995
-    first = bootstrap_interval(effects[:1])  # one seed cannot cover the variation of seeds
-    assert np.mean((first[0] <= 0.5) & (0.5 <= first[1])) < 0.7
+    shape = (seeds, 100, 600)
+    effects = 0.5 + generator.normal(0, 0.1, (seeds, 1, 600)) + generator.normal(0, 0.2, (1, 100, 600))
+    sums = of_means(effects + generator.normal(0, 0.1, shape))
+    _, low, high = crossed_interval(share, sums)
+    assert 0.93 < np.mean((low <= 0.5) & (0.5 <= high)) <= 0.995
+    _, low, high = crossed_interval(share, sums[:1])  # one seed cannot cover the variation of seeds
+    assert np.mean((low <= 0.5) & (0.5 <= high)) < 0.7
 
 
-def test_coverage_of_a_ratio():
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_coverage_of_a_ratio(seeds):
+    generator = np.random.default_rng(seeds)
+    written = generator.binomial(16, generator.beta(2, 4, (seeds, 150, 400)))
+    solved = generator.binomial(written, generator.beta(1, 2, (1, 150, 400)))
+    value, *variances = jackknife(share, np.stack([solved, written], axis=2).astype(float))
+    low, high = share_interval(value, half_width(*variances, seeds, 150), 150, 10**6)
+    assert 0.925 < np.mean((low <= 1 / 3) & (1 / 3 <= high)) < 0.995
+
+
+def of_means(values: np.ndarray) -> np.ndarray:
+    return np.stack([values, np.ones_like(values)], axis=2)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.99])
+def test_confidence_is_what_is_asked_for(confidence):
     generator = np.random.default_rng(0)
-    problems, evaluations = 150, 400
-    written = generator.binomial(16, generator.beta(2, 4, (1, problems, evaluations)))
-    solved = generator.binomial(written, generator.beta(1, 2, (1, problems, evaluations)))
-    low, high = bootstrap_interval(solved, written)
-    assert 0.91 < np.mean((low <= 1 / 3) & (1 / 3 <= high)) < 0.98
+    effects = generator.normal(0, 1, (3, 1, 4000)) + generator.normal(0, 0.1, (3, 30, 4000))
+    _, low, high = crossed_interval(share, of_means(effects), confidence)
+    assert abs(np.mean((low <= 0) & (0 <= high)) - confidence) < 0.03
 
 
-def test_shapes_and_repeatability_of_intervals():
-    values = np.random.default_rng(0).random((3, 40, 5))
-    low, high = bootstrap_interval(values)
-    assert low.shape == high.shape == (5,)
-    again = bootstrap_interval(values)
-    assert (low == again[0]).all() and (high == again[1]).all()
-    single = bootstrap_interval(values[:, :, 0])
-    assert np.isclose(single[0], low[0]) and np.isclose(single[1], high[0])
-    assert np.isclose(bootstrap_interval(values[0, :, 0], confidence=0.5)[0], bootstrap_interval(values[:1, :, :1], confidence=0.5)[0])
+def test_variances_of_a_mean_are_the_mean_squares():
+    scores = np.random.default_rng(0).normal(0, 1, (4, 7, 2)) * [1, 3]
+    value, seed, problem, cell = jackknife(share, of_means(scores))
+    assert np.allclose(value, scores.mean(axis=(0, 1)))
+    assert np.allclose(seed, scores.mean(axis=1).var(axis=0, ddof=1) / 4)
+    assert np.allclose(problem, scores.mean(axis=0).var(axis=0, ddof=1) / 7)
+    rest = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean(axis=(0, 1))
+    assert np.allclose(cell, (rest**2).sum(axis=(0, 1)) / (3 * 6) / 28)
 
 
-def test_open_ends():
-    low, high = open_ends(np.array([0.0, 0.3, np.nan]), np.array([0.0, 0.2, np.nan]), np.array([0.0, 0.4, np.nan]),
-                          np.array([100, 1, 0]))
-    assert low[0] == 0 and np.isclose(high[0], 1 - 0.025**0.01)
+def test_any_statistic_of_totals_has_an_interval():
+    "The distance between two sets of shares (total variation), as a figure uses it."
+    generator = np.random.default_rng(0)
+    sums = generator.multinomial(16, [0.5, 0.3, 0.2], size=(5, 200)).astype(float)  # [S, P, 3]
+    moved = generator.multinomial(16, [0.8, 0.15, 0.05], size=(5, 200)).astype(float)
+    fractions = lambda totals: totals / totals.sum(axis=-1, keepdims=True)
+    distance = lambda totals: np.abs(fractions(totals[..., 3:]) - fractions(totals[..., :3])).sum(axis=-1, keepdims=True) / 2
+    value, low, high = crossed_interval(distance, np.concatenate([sums, moved], axis=-1))
+    assert 0 < low[0] < 0.3 < high[0] < 1 and low[0] < value[0] < high[0] and high[0] - low[0] < 0.05
+
+
+def test_one_seed_says_so_and_rests_on_problems_only():
+    frame = imagine(40, 4)
+    alone = summarise(frame)
+    assert set(alone.seeds) == {1}
+    pd.testing.assert_frame_equal(alone, summarise(frame.assign(seed=3)))
+    both = summarise(pd.concat([frame.assign(seed=0), imagine(40, 4, seed=1).assign(seed=1)]))
+    assert set(both.seeds) == {2}
+    width = lambda table: (pick(table, "accuracy", format="all")[["high", "low"]].astype(float) * [1, -1]).sum()
+    assert width(both) != width(alone)
+
+
+def test_a_format_that_one_seed_still_writes_rests_on_one_seed():
+    frame = pd.concat([imagine(40, 4, seed=seed).assign(seed=seed) for seed in range(3)], ignore_index=True)
+    frame.loc[(frame.seed > 0) & (frame["format"] == "omi2"), "format"] = "tinygsm"
+    summary = summarise(frame, (1,))
+    accuracy = pick(summary, "accuracy", format="omi2")
+    assert accuracy.seeds == 1 and accuracy.low < accuracy.value < accuracy.high < 1
+    assert pick(summary, "format_share", format="omi2").seeds == 3
+    change = summarise_change(frame, frame, (1,))
+    assert pick(change, "accuracy", format="omi2").seeds == 1 and pick(change, "format_share", format="omi2").seeds == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_seeds_that_agree_by_luck_still_leave_an_interval_with_width():
+    frame = imagine(50, 4)
+    summary = summarise(pd.concat([frame.assign(seed=seed) for seed in range(3)], ignore_index=True))
+    known = summary.dropna(subset=["value"])
+    assert (known.high - known.low > 0.005).all() and known.low.min() >= 0 and known.high.max() <= 1
+    certain = summarise(pd.concat([frame.assign(seed=s, outcome="correct") for s in range(3)]), (1, 4))
+    top = pick(certain, "accuracy", format="all")
+    assert top.value == top.high == 1 and np.isclose(top.low, 0.025 ** (1 / 50))
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_interval_holds_its_value_inside_its_bounds():
+    for seed, (problems, samples, seeds) in enumerate([(1, 1, 1), (1, 4, 3), (2, 2, 2), (7, 3, 5), (30, 2, 1)]):
+        frames = [[imagine(problems, samples, 97 * seed + 7 * s + shift).assign(seed=s) for s in range(seeds)] for shift in (0, 3)]
+        before, after = (pd.concat(frame, ignore_index=True) for frame in frames)
+        for table, least in ((summarise(before), 0), (summarise_change(before, after), -1)):
+            known = table.dropna(subset=["value"])
+            assert len(known) and ((least <= known.low) & (known.low <= known.value + 1e-12)).all()
+            assert ((known.value <= known.high + 1e-12) & (known.high <= 1)).all()
+
+
+def test_ends_of_shares():
+    low, high = share_interval([0.0, 0.3, np.nan, 1.0], [0.0, 0.1, 0.0, 0.0], [100, 1, 0, 100], 1000)
+    assert low[0] == 0 and np.isclose(high[0], 1 - 0.025**0.01) and np.isclose(low[3], 0.025**0.01) and high[3] == 1
     assert (low[1], high[1]) == (0, 1)
     assert np.isnan(low[2]) and np.isnan(high[2])
+
+
+def test_differences_stay_in_their_range_and_have_a_least_width():
+    low, high = difference_interval(np.array([0.0, 1.0, -0.2, 0.1]), np.array([0.0, 0.3, 0.1, np.inf]), [200, 200, 200, 1])
+    assert np.isclose(high[0], 1.972 * 2**0.5 / 202, rtol=1e-3) and low[0] == -high[0]
+    assert (low[1], high[1]) == (0.7, 1) and np.allclose([low[2], high[2]], [-0.3, -0.1]) and (low[3], high[3]) == (-1, 1)
+
+
+# One more seed
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_a_new_seed_lies_within_the_spread_as_often_as_promised(seeds):
+    draws = np.random.default_rng(seeds).normal(0.7, 0.1, (3000, seeds + 1))
+    ends = np.array([prediction_interval(draw[:-1], 0.9) for draw in draws])
+    assert abs(np.mean((ends[:, 0] <= draws[:, -1]) & (draws[:, -1] <= ends[:, 1])) - 0.9) < 0.02
+
+
+def test_the_spread_of_too_few_seeds_is_not_told():
+    for values in ([], [0.7], [0.7, 0.8], [0.7, 0.8, float("nan")]):
+        with pytest.raises(StudyError, match="give 3 finite values"):
+            prediction_interval(values)
+    low, high = prediction_interval([0.7, 0.8, 0.9])
+    assert np.isclose((low + high) / 2, 0.8) and np.isclose(high - 0.8, 4.3027 * 0.1 * (4 / 3) ** 0.5, rtol=1e-4)
+
+
+def test_equal_shares_of_few_questions_leave_room_for_a_miss():
+    assert prediction_interval([1.0, 1.0, 1.0]) == (1, 1)
+    low, high = prediction_interval([1.0, 1.0, 1.0], trials=200)
+    assert 0.97 < low < 0.995 and high == 1
+    assert np.allclose(prediction_interval([0.6, 0.62, 0.64], trials=10**6), prediction_interval([0.6, 0.62, 0.64]))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig, token_log_probs
+from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig, log_probs_and_entropy, token_log_probs
 from echochamber.models.olmo import from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
@@ -74,3 +74,15 @@ def test_log_probabilities_do_not_depend_on_the_pieces(seed, rows, length, logit
     expected = (decoder(tokens)[:, :-1].double() / temperature).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     found = token_log_probs(decoder, tokens, temperature, logits_at_once)
     torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+
+
+@given(seeds, st.integers(1, 5), st.integers(2, 30), st.integers(1, 2_000), st.sampled_from([0.3, 1.0, 2.0]), st.floats(0, 1))
+def test_log_probabilities_and_entropy_where_a_mask_says_so(seed, rows, length, logits_at_once, temperature, share):
+    torch.manual_seed(seed)
+    decoder = Decoder(DecoderConfig(width=16, layers=1, heads=2, vocab_size=50, init_std=0.3))
+    tokens, mask = torch.randint(50, (rows, length)), torch.rand(rows, length - 1) < share
+    log_probs, entropy = log_probs_and_entropy(decoder, tokens, mask, temperature, logits_at_once)
+    choices = torch.distributions.Categorical(logits=decoder(tokens)[:, :-1].double() / temperature)
+    torch.testing.assert_close(log_probs, token_log_probs(decoder, tokens, temperature) * mask, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), choices.entropy() * mask, atol=1e-4, rtol=1e-4)
+    assert log_probs.shape == entropy.shape == mask.shape and not (log_probs[~mask].any() or entropy[~mask].any())

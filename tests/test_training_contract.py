@@ -1,6 +1,6 @@
 """What every algorithm signs, whatever it optimises: `check_algorithm`, and besides it that a seed matters, that a step may be
 split in any way, and the interruptions that are easy to get wrong."""
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,12 +21,13 @@ from echochamber.training.supervised import SupervisedConfig, encode_examples, t
 from echochamber.training.toy import (
     COUNTS,
     TOY_SIZES,
-    Killed,
     KillAt,
+    Killed,
     ToyRun,
     check_algorithm,
     check_moves,
     identical,
+    kill,
     reward_rises,
     run_toy,
     same_run,
@@ -63,7 +64,7 @@ def long_config(name: str, kl: float = 0.02):
     "Enough to learn something; for the algorithms with rollouts two steps per rollout batch."
     if name in ON_POLICY:
         return on_policy(name, 12, kl, samples=32, train_batch=160, micro_batch=80, learning_rate=3e-2)
-    supervised = SupervisedConfig(epochs=12, batch=10, micro_batch=10, learning_rate=2e-2, precision="32-true", checkpoint_every=3)
+    supervised = SupervisedConfig(epochs=16, batch=20, micro_batch=20, learning_rate=2e-2, precision="32-true", checkpoint_every=3)
     if name == "supervised":
         return supervised
     return ExpertIterationConfig(rounds=3, samples=64, sampling=SamplingConfig(max_new_tokens=3), supervised=supervised)
@@ -172,16 +173,16 @@ def test_a_half_trained_policy_is_not_taken_for_the_beginning(name, done, tmp_pa
 # --- a contract that can be broken --------------------------------------------------------------------------------------
 
 
-def test_a_critic_that_does_not_move_breaks_the_contract(tmp_path):
+def test_a_critic_that_does_not_move_breaks_the_contract():
     config = long_config("ppo")
     still = config.model_copy(update={"critic": config.critic.model_copy(update={"learning_rate": 1e-30})})
     with pytest.raises(AssertionError, match="a tensor of the critic did not move"):
         check_algorithm(still)
 
 
-def test_a_kill_after_the_end_is_no_kill():
-    with pytest.raises(AssertionError, match="the training ended before 1000 was done"):
-        check_algorithm(long_config("supervised"), partial(imitate), likelihood_rises, kill_after=1000)
+def test_a_training_that_ends_before_the_kill_is_told(tmp_path):
+    with pytest.raises(AssertionError, match="the training ended before 10 was done"):
+        kill(lambda config, folder, report: None, None, tmp_path, 10)
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ __all__ = ['ROLLOUT_METRICS', 'STEP_METRICS', 'TRAINER_METRICS', 'METRICS', 'rol
 from typing import Any
 
 import lightning as L
-import torch
 from pydantic import Field
 
 from ..core import StrictConfig, StudyError
@@ -61,7 +60,7 @@ STEP_METRICS: dict[str, str] = {
     "value_error_squared": "mean squared error of the critic, unclipped",
     "value_clip": "share of tokens where the clip of the value decides",
     "negative_log_likelihood": "mean of -log π of imitated tokens",
-    "sampler_gap": "log_ratio_abs at the first step of a rollout batch, when π is μ: the distance of two implementations; NaN later",
+    "sampler_gap": "log_ratio_abs at the first step of a rollout batch, when π is μ: two implementations; NaN later",
     "sampler_gap_max": "the largest such distance of a single token; NaN later",
 }
 
@@ -77,50 +76,52 @@ METRICS = ROLLOUT_METRICS | STEP_METRICS | TRAINER_METRICS
 
 # %% ../../nbs/training/05_diagnostics.ipynb #4d39ddc7
 def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
-    "The entries of `METRICS` that describe a rollout batch."
-    rewards, grades = rollouts.rewards, rollouts.grades
-    solved = rewards.mean(1)  # [B]
-    lengths, ended = rollouts.completions.lengths.float(), rollouts.completions.ended
-    share = lambda flags: sum(flags) / len(flags)
+    "The entries of `METRICS` that describe a rollout batch of B prompts with G samples each."
+    grades, solved = rollouts.grades, rollouts.rewards.mean(1)  # solved [B]
+    lengths, ended = rollouts.completions.lengths.float(), rollouts.completions.ended  # [N]
+    failed = [grade.outcome in ("error", "timeout", "unsupported") for grade in grades]
     statistics = {
-        "reward": rewards.mean().item(),
+        "reward": rollouts.rewards.mean().item(),
         **{f"reward_q{level}": solved.quantile(level / 100).item() for level in (10, 50, 90)},
         "groups_all_wrong": (solved == 0).float().mean().item(),
         "groups_all_right": (solved == 1).float().mean().item(),
         "truncation_rate": 1 - ended.float().mean().item(),
         "completion_tokens": lengths.mean().item(),
         "completion_tokens_ended": lengths[ended].mean().item() if ended.any() else float("nan"),
-        "error": share([grade.outcome in ("error", "timeout", "unsupported") for grade in grades]),
+        "error": sum(failed) / len(failed),
     }
     for name in FORMATS:
         verdicts = [grade.outcome == "correct" for grade in grades if grade.format == name]
-        statistics |= {f"share_{name}": len(verdicts) / len(grades), f"accuracy_{name}": share(verdicts) if verdicts else float("nan")}
+        statistics[f"share_{name}"] = len(verdicts) / len(grades)
+        statistics[f"accuracy_{name}"] = sum(verdicts) / len(verdicts) if verdicts else float("nan")
     for phase, seconds in rollouts.seconds.items():
-        statistics |= {f"seconds_{phase}": seconds, f"tokens_per_second_{phase}": lengths.sum().item() / max(seconds, 1e-9)}
+        statistics[f"seconds_{phase}"] = seconds
+        statistics[f"tokens_per_second_{phase}"] = lengths.sum().item() / max(seconds, 1e-9)
     return statistics
 
 # %% ../../nbs/training/05_diagnostics.ipynb #2757d4f9
 class StopConfig(StrictConfig):
     "When a run stops itself. `None` switches a condition off."
-    sampler_gap: float | None = Field(0.05, gt=0, description="largest mean gap of sampler and trainer [nats per token]")
-    uninformative_rollouts: int | None = Field(50, gt=0, description="rollout batches in a row that hold nothing to learn from")
+    sampler_gap: float | None = Field(0.05, gt=0, description="largest mean sampler-trainer gap [nats per token]")
+    uninformative_rollouts: int | None = Field(50, gt=0, description="rollout batches in a row without a signal")
 
 # %% ../../nbs/training/05_diagnostics.ipynb #8a21aa10
 def stop_reason(metrics: dict[str, Any], uninformative: int, config: StopConfig) -> str | None:
-    "The sentence with which a run stops, or None; `uninformative` is the number of rollout batches without a signal so far."
-    gap = float(metrics.get("sampler_gap", 0.0))
+    "The sentence with which a run stops, or None; `uninformative`: rollout batches in a row without a signal."
+    gap, most = float(metrics.get("sampler_gap", 0.0)), config.uninformative_rollouts
     if config.sampler_gap is not None and not gap <= config.sampler_gap:
-        return (f"sampler and trainer differ by {gap:.3g} nats per token, over the limit of {config.sampler_gap:g}; compare "
-                "temperature and precision of both, or raise stop.sampler_gap if this precision is wanted")
-    if config.uninformative_rollouts is not None and uninformative >= config.uninformative_rollouts:
+        return (f"sampler and trainer differ by {gap:.3g} nats per token, over the limit of {config.sampler_gap:g}; "
+                "compare temperature and precision of both, or raise stop.sampler_gap if this precision is wanted")
+    if most is not None and uninformative >= most:
         solved = "solved" if metrics["groups_all_right"] > metrics["groups_all_wrong"] else "failed"
-        return (f"the last {uninformative} rollout batches held no right and wrong samples to compare (questions mostly {solved}), so nothing "
-                "can be learnt; take other questions or more samples, or raise stop.uninformative_rollouts")
+        return (f"the last {uninformative} rollout batches held no right and wrong samples to compare "
+                f"(questions mostly {solved}), so nothing can be learnt; take other questions or more samples, or raise "
+                "stop.uninformative_rollouts")
     return None
 
 # %% ../../nbs/training/05_diagnostics.ipynb #6fd0db7e
 class StopConditions(L.Callback):
-    """Looks at the first optimiser step of every rollout batch and raises `StudyError` when a condition is met.
+    """Looks at the first optimiser step of every rollout batch, and ends the run when a condition is met.
 
     `compares_groups`: samples are compared within their group; with a critic, over the whole batch."""
 
@@ -129,6 +130,7 @@ class StopConditions(L.Callback):
         self.seen, self.uninformative = 0, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        "Raises `StudyError` with the reason to stop, if there is one."
         step = trainer.global_step
         if step <= self.seen or (step - 1) % self.steps_per_rollout:
             return

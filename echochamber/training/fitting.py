@@ -200,7 +200,7 @@ class FitConfig(StrictConfig):
     steps: int = Field(gt=0, description="length of the run [optimiser steps]")
     accumulate: int = Field(1, gt=0, description="micro-batches per optimiser step and process")
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
-    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast; state it to compare")
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
 
 # %% ../../nbs/training/00_fitting.ipynb #3c9df3b2
@@ -239,8 +239,8 @@ def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -
 def refuse_forks_of_a_gpu(processes: int) -> None:
     "Raises `StudyError` if several processes are to be forked from a notebook that has used a GPU."
     if processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):
-        raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; train "
-                         "this run with processes = 1 (runs share the GPUs of a machine), or from a script")
+        raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; "
+                         "train this run with processes = 1 (runs share the GPUs of a machine), or from a script")
 
 
 def error_of_fork(error: Exception) -> Exception:
