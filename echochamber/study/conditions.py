@@ -6,10 +6,10 @@
 __all__ = ['Precision', 'SMOKE', 'LAPTOP', 'PRESETS', 'SECTIONS', 'TRAINED_BY', 'START_UP', 'PretrainingPreset',
            'EvaluationPreset', 'RLPreset', 'SupervisedPreset', 'ExpertIterationPreset', 'Preset', 'find_preset',
            'Condition', 'section_stage', 'named_changes', 'condition_name', 'condition_labels', 'changed_preset',
-           'pretraining_run', 'algorithm_of', 'finetuning_run', 'finetuning_name', 'evaluation_run', 'runs_of',
-           'work_of', 'expected_seconds']
+           'without_idle_changes', 'pretraining_run', 'algorithm_of', 'finetuning_run', 'finetuning_name',
+           'evaluation_run', 'runs_of', 'work_of', 'expected_seconds']
 
-# %% ../../nbs/study/04_conditions.ipynb #f81e9336
+# %% ../../nbs/study/04_conditions.ipynb #78901fce
 import re
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, OptimiserConfig
 from ..training.supervised import SupervisedConfig
 
-# %% ../../nbs/study/04_conditions.ipynb #d81dbbda
+# %% ../../nbs/study/04_conditions.ipynb #d323b84f
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -51,7 +51,7 @@ class EvaluationPreset(StrictConfig):
     temperature: float = Field(0.7, gt=0, description="of the sampled completions")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus of the sampled completions")
 
-# %% ../../nbs/study/04_conditions.ipynb #b3d67f3d
+# %% ../../nbs/study/04_conditions.ipynb #18ef4d3d
 class RLPreset(StrictConfig):
     "GRPO and PPO at one scale."
     prompts: int = Field(gt=0, description="B, prompts per rollout batch")
@@ -78,7 +78,7 @@ class ExpertIterationPreset(SupervisedPreset):
     rounds: int = Field(gt=0, description="times that the base is fine-tuned on fresh samples")
     samples: int = Field(gt=0, description="completions per question and round")
 
-# %% ../../nbs/study/04_conditions.ipynb #fc056adc
+# %% ../../nbs/study/04_conditions.ipynb #83e459da
 class Preset(StrictConfig):
     "One scale of the study: what all stages share, and a section for each."
     problems: ProblemConfig = Field(description="of all sources, of the prompts and of the evaluation")
@@ -98,7 +98,7 @@ class Preset(StrictConfig):
         "RL steps of one pass over the prompts [optimiser steps]."
         return self.questions * self.rl.samples / self.rl.train_batch
 
-# %% ../../nbs/study/04_conditions.ipynb #6dcfd421
+# %% ../../nbs/study/04_conditions.ipynb #1b343af2
 SMOKE = Preset(
     problems=ProblemConfig(operations=(1, 2), operands=(2, 9)), questions=32, max_new_tokens=48,
     decoders={"default": DECODERS["50k"].model_copy(update={"context": 128})},
@@ -110,7 +110,7 @@ SMOKE = Preset(
     evaluation={"questions": 16, "samples": 8},
     seconds={"pretrain": 15, "grpo": 15, "ppo": 15, "expert_iteration": 15, "sft": 12, "evaluate": 15, "figure": 10})
 
-# %% ../../nbs/study/04_conditions.ipynb #36a6fa6b
+# %% ../../nbs/study/04_conditions.ipynb #41a43d3b
 LAPTOP = Preset(
     problems=ProblemConfig(operations=(1, 3), operands=(2, 12), factors=(2, 6), largest_result=100),
     questions=1024, max_new_tokens=128, decoders={"default": DecoderConfig(width=96, layers=2, heads=6, context=160)},
@@ -132,7 +132,7 @@ def find_preset(name: str) -> Preset:
         raise StudyError(f"unknown preset `{name}`; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../../nbs/study/04_conditions.ipynb #b9c39624
+# %% ../../nbs/study/04_conditions.ipynb #8ce5a7a9
 class Condition(StrictConfig):
     "What differs from the preset; the fields that differ from their defaults are its name and the labels of its rows."
     mixture: str = Field("three-formats", description="sources of pretraining, a key of `MIXTURES`")
@@ -160,7 +160,7 @@ class Condition(StrictConfig):
             section_stage(path, self.algorithm)
         return self
 
-# %% ../../nbs/study/04_conditions.ipynb #2f42210f
+# %% ../../nbs/study/04_conditions.ipynb #bf3ece22
 SECTIONS = {"problems": "pretrain", "decoders": "pretrain", "pretraining": "pretrain", "questions": "finetune", "rl": "finetune",
             "expert_iteration": "finetune", "control": "finetune", "max_new_tokens": "finetune", "evaluation": "evaluate"}
 TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
@@ -175,13 +175,13 @@ def section_stage(path: str, algorithm: str) -> str:
         raise ValueError(f"`{path}` changes nothing under {algorithm}; it is for {' and '.join(TRAINED_BY[section])}")
     return SECTIONS[section]
 
-# %% ../../nbs/study/04_conditions.ipynb #be0b6fb7
+# %% ../../nbs/study/04_conditions.ipynb #86c1faa7
 def named_changes(condition: Condition, stages: tuple[str, ...]) -> list[str]:
     "Words for the fields that differ from their defaults and reach the given stages."
     words = {"decoder": ("pretrain", condition.decoder), "precision": ("pretrain", condition.precision),
              "start_step": ("finetune", f"step{condition.start_step}"), "kl_coefficient": ("finetune", f"kl{condition.kl_coefficient:g}")}
     told = {name: part for name, part in words.items() if getattr(condition, name) != Condition.model_fields[name].default}
-    paths = [(section_stage(path, condition.algorithm), re.sub(r"[^\w.]+", "_", f"{path}{value}")) for path, value in condition.changes]
+    paths = [(section_stage(path, condition.algorithm), re.sub(r"[^\w.]+", "_", f"{path}{value}").strip("_")) for path, value in condition.changes]
     return [word for stage, word in [*told.values(), *paths] if stage in stages]
 
 
@@ -194,7 +194,7 @@ def condition_name(condition: Condition) -> str:
              *(condition.benchmarks if condition.benchmarks != default.benchmarks else ())]
     return "-".join(parts)
 
-# %% ../../nbs/study/04_conditions.ipynb #965691ab
+# %% ../../nbs/study/04_conditions.ipynb #53ecdf24
 def condition_labels(condition: Condition) -> dict:
     "Columns that the rows of a condition carry: its name, its algorithm, and every other field that differs from its default."
     default = Condition()
@@ -203,7 +203,7 @@ def condition_labels(condition: Condition) -> dict:
     return {"condition": condition.name, "algorithm": condition.algorithm, **differing,
             **{path: value if isinstance(value, str | int | float) else str(value) for path, value in condition.changes}}
 
-# %% ../../nbs/study/04_conditions.ipynb #2a4f88e5
+# %% ../../nbs/study/04_conditions.ipynb #3cd2ffa3
 def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Preset:
     "The preset with changes at dotted paths. Raises `StudyError` if a place does not exist or a value does not fit."
     values = preset.model_dump()
@@ -217,7 +217,15 @@ def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Pres
         place[last] = value
     return Preset.parse(values, where="condition")
 
-# %% ../../nbs/study/04_conditions.ipynb #6632c1b3
+# %% ../../nbs/study/04_conditions.ipynb #29342fc9
+def without_idle_changes(condition: Condition, preset: Preset) -> Condition:
+    "The condition without the changes that leave this preset as it is. Raises `StudyError` as `changed_preset` does."
+    changes = tuple(change for change in condition.changes if changed_preset(preset, (change,)) != preset)
+    idle = {"precision": preset.pretraining.precision, "start_step": preset.pretraining.steps}
+    back = {name: Condition.model_fields[name].default for name, same in idle.items() if getattr(condition, name) == same}
+    return condition.model_copy(update={"changes": changes, **back})
+
+# %% ../../nbs/study/04_conditions.ipynb #5d83df7d
 def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     "Pretraining of a condition. Raises `StudyError` for a size that the preset does not have."
     if condition.decoder not in scale.decoders:
@@ -231,7 +239,7 @@ def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
         fit=FitConfig(optimiser=optimiser, steps=told.steps, checkpoint_every=max(10, told.steps // 15), precision=precision))
     return Run("pretrain", "-".join([condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]), config)
 
-# %% ../../nbs/study/04_conditions.ipynb #aac2b9d1
+# %% ../../nbs/study/04_conditions.ipynb #47bae5de
 def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     "The algorithm of a condition at this scale."
     if condition.algorithm in ("grpo", "ppo"):
@@ -248,14 +256,14 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
     return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised, seed=seed)
 
-# %% ../../nbs/study/04_conditions.ipynb #d9778842
+# %% ../../nbs/study/04_conditions.ipynb #18f400c2
 def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) -> Run:
     "Fine-tuning of a condition. Raises `StudyError` for a start that its pretraining does not keep."
     kept, start = parent.config.snapshot_steps, condition.start_step
     if start is not None and start not in kept:
         raise StudyError(f"pretraining is not kept at step {start}; choose one of {', '.join(map(str, kept))}")
     config = FinetuneConfig(
-        model=parent.reference, step=None if start == kept[-1] else start, problems=scale.problems, questions=scale.questions,
+        model=parent.reference, step=start, problems=scale.problems, questions=scale.questions,
         algorithm=algorithm_of(scale, condition, seed), seed=seed,
         solutions=parent.config.mixture.sources if condition.algorithm == "sft" else ())
     own = {"expert_iteration": tuple(range(1, config.total_steps + 1)), "sft": (config.total_steps,)}
@@ -269,7 +277,7 @@ def finetuning_name(condition: Condition, pretraining_seed: int, seed: int) -> s
     start = [f"pretraining{pretraining_seed}"] if pretraining_seed != seed else []
     return "-".join([condition.algorithm, *mixture, *named_changes(condition, ("pretrain", "finetune")), *start, f"seed{seed}"])
 
-# %% ../../nbs/study/04_conditions.ipynb #dd00ce02
+# %% ../../nbs/study/04_conditions.ipynb #d8e094d0
 def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: str, seed: int) -> Run:
     "Evaluation of all snapshots of a fine-tuning run on one benchmark; the questions are the same for every seed."
     told = scale.evaluation
@@ -284,12 +292,13 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     """Pretraining, fine-tuning and an evaluation per benchmark of one seed of a condition, parents first.
 
     Raises `StudyError` if the preset does not exist or does not have what the condition names."""
-    scale = changed_preset(find_preset(preset), condition.changes)
+    condition = without_idle_changes(condition, found := find_preset(preset))
+    scale = changed_preset(found, condition.changes)
     start = pretraining_run(scale, condition, seed if condition.pretraining_seed is None else condition.pretraining_seed)
     tuned = finetuning_run(scale, condition, start, seed)
     return [start, tuned, *(evaluation_run(scale, condition, tuned, benchmark, seed) for benchmark in condition.benchmarks)]
 
-# %% ../../nbs/study/04_conditions.ipynb #1f1196b4
+# %% ../../nbs/study/04_conditions.ipynb #7a8ec714
 START_UP = 5.0  # seconds until a notebook computes
 
 

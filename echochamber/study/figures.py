@@ -6,9 +6,9 @@
 __all__ = ['FIGURES', 'TEXTS', 'TABLES', 'PICTURES', 'Figure', 'figure_runs', 'tables_folder', 'table_file', 'evaluation_frame',
            'training_frame', 'read_json', 'cost_frame', 'write_table', 'write_if_new', 'collect_condition',
            'provenance_of', 'collect', 'FigureConfig', 'table_hashes', 'figure_config', 'figure_run', 'open_figure',
-           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw', 'deferred_figure']
+           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
 
-# %% ../../nbs/study/05_figures.ipynb #4661e42f
+# %% ../../nbs/study/05_figures.ipynb #92be8b08
 import contextlib
 import json
 import tempfile
@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder, write_json
-from .conditions import Condition, condition_labels, find_preset, runs_of
+from .conditions import Condition, condition_labels, runs_of
 from .execution import launch, run_task
-from .runs import DeferredRun, Run, open_run
+from .runs import Run, open_run
 from .stages import completions_sampled
 
-# %% ../../nbs/study/05_figures.ipynb #995b4d6e
+# %% ../../nbs/study/05_figures.ipynb #726e39d4
 class Figure(StrictConfig):
     "A claim of the study and the conditions that test it."
     name: str = Field(description="of its notebook and of its files")
@@ -50,7 +50,7 @@ def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list
     runs = (run for condition in figure.conditions for seed in seeds for run in runs_of(condition, preset, seed))
     return list({run.reference: run for run in runs}.values())
 
-# %% ../../nbs/study/05_figures.ipynb #a945bb46
+# %% ../../nbs/study/05_figures.ipynb #8fbda415
 TEXTS = ("question", "answer", "completion")
 TABLES = ("", "_training", "_costs")  # evaluations, metrics of all training steps, what each run cost
 
@@ -79,7 +79,7 @@ def training_frame(run: Run, labels: dict) -> pd.DataFrame:
     timeless = metrics[[name for name in metrics if "second" not in name]]
     return timeless.astype(dict.fromkeys(timeless.select_dtypes("float64"), "float32")).assign(stage=run.stage, **labels)
 
-# %% ../../nbs/study/05_figures.ipynb #74441efc
+# %% ../../nbs/study/05_figures.ipynb #5b936fd2
 def read_json(file: Path) -> dict:
     "The object in a JSON file; empty if there is none."
     try:
@@ -94,7 +94,7 @@ def cost_frame(run: Run, labels: dict) -> pd.DataFrame:
     return pd.DataFrame([{"stage": run.stage, "reference": run.reference, "seconds": paid.get("seconds"),
                           "tokens": paid.get("tokens"), **labels}])
 
-# %% ../../nbs/study/05_figures.ipynb #f2eaef1a
+# %% ../../nbs/study/05_figures.ipynb #16bc1658
 def write_table(file: Path, frames: list[pd.DataFrame]) -> None:
     "One parquet file from frames below each other, written only if it changes."
     table = pd.concat(frames, ignore_index=True)
@@ -109,7 +109,7 @@ def write_if_new(file: Path, data: bytes) -> None:
         with atomic_path(file) as temporary:
             temporary.write_bytes(data)
 
-# %% ../../nbs/study/05_figures.ipynb #a77c4b96
+# %% ../../nbs/study/05_figures.ipynb #af5187fd
 def collect_condition(condition: Condition, preset: str, seeds: int | Sequence[int], ship: bool = False) -> None:
     "Gather the finished runs of a condition into its tables, with where they come from beside them."
     runs: dict[str, tuple[Run, dict]] = {}
@@ -143,7 +143,7 @@ def collect(figure: Figure, preset: str, seeds: int | Sequence[int], ship: bool 
     for condition in figure.conditions:
         collect_condition(condition, preset, seeds, ship)
 
-# %% ../../nbs/study/05_figures.ipynb #db01fe84
+# %% ../../nbs/study/05_figures.ipynb #0f017e2a
 class FigureConfig(StrictConfig):
     "What a figure is drawn from."
     figure: str = Field(description="its name; the notebook is `figures/<name>.ipynb`")
@@ -177,7 +177,7 @@ def figure_run(figure: Figure, preset: str, ship: bool = False) -> Run:
     "The run that draws a figure from the tables there are; with `ship` from the shipped ones alone."
     return Run("figure", f"{figure.name}-{preset}", figure_config(figure, preset, own=not ship))
 
-# %% ../../nbs/study/05_figures.ipynb #7628bdad
+# %% ../../nbs/study/05_figures.ipynb #54eb14e3
 def open_figure(name: str, preset: str, config: dict | None) -> FigureConfig:
     "The config that the study passes to a figure's notebook, or by hand one that reads what is shipped."
     return FigureConfig.parse(config, where=name) if config else figure_config(FIGURES[name], preset, own=False)
@@ -194,7 +194,7 @@ def figure_folder(name: str, config: FigureConfig, by_hand: bool) -> Iterator[Pa
     with open_run(run):
         yield run.folder
 
-# %% ../../nbs/study/05_figures.ipynb #ce893859
+# %% ../../nbs/study/05_figures.ipynb #83ae113a
 PICTURES = (".png", ".pdf", ".ipynb")
 
 
@@ -219,7 +219,7 @@ def publish(run: Run, ship: bool = False) -> str:
         write_if_new(destination, source.read_bytes())
     return read_json(run.folder / "verdict.json").get("line", "")
 
-# %% ../../nbs/study/05_figures.ipynb #3d9e1188
+# %% ../../nbs/study/05_figures.ipynb #4ad324d2
 def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[str, str]:
     "Draw figures from the shipped tables, all whose tables are there by default; their verdict lines by name. Raises `StudyError` if one fails."
     lines = {}
@@ -229,12 +229,3 @@ def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[s
             launch(run_task(run))
         lines[name] = publish(run, ship=True)
     return lines
-
-# %% ../../nbs/study/05_figures.ipynb #50aaf6ae
-def deferred_figure(figure: Figure, preset: str, seeds: int | Sequence[int], ship: bool = False) -> DeferredRun:
-    "A figure as a node of the graph: its evaluations are its parents."
-    def make() -> Run:
-        collect(figure, preset, seeds, ship)
-        return figure_run(figure, preset, ship)
-    parents = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
-    return DeferredRun(f"figure {figure.name}", make, parents, find_preset(preset).seconds["figure"], lambda run: publish(run, ship))

@@ -8,7 +8,7 @@ __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'Metric', 'share', 'pass_at', 'ma
            'seed_curves', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'Verdict', 'verdict_line',
            'write_verdict', 'own_seed_line', 'place_of']
 
-# %% ../../nbs/study/06_reading.ipynb #f8776399
+# %% ../../nbs/study/06_reading.ipynb #21544392
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..grading.metrics import crossed_interval, measure, pass_at_k, prediction_i
 from .conditions import Condition, Preset, find_preset
 from .figures import TABLES, FigureConfig, read_json, table_file
 
-# %% ../../nbs/study/06_reading.ipynb #44541803
+# %% ../../nbs/study/06_reading.ipynb #aec4fcdf
 @dataclass(frozen=True)
 class Metric:
     "One metric of `grading/metrics`: its name there, of greedy or sampled completions, of a format, at k samples."
@@ -57,7 +57,7 @@ def majority_at(k: int) -> Metric:
     "maj@k of the sampled completions."
     return Metric("majority_at_k", k=k)
 
-# %% ../../nbs/study/06_reading.ipynb #4d9b4470
+# %% ../../nbs/study/06_reading.ipynb #2e886667
 def with_interval(row: pd.Series) -> str:
     "A value with its interval, `0.26 [0.24, 0.28]`."
     return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
@@ -67,7 +67,7 @@ def points(row: pd.Series) -> str:
     "A change with its interval, in hundredths: `+37.2 points [+30.0, +44.5]`."
     return f"{100 * row.value:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
 
-# %% ../../nbs/study/06_reading.ipynb #08894f56
+# %% ../../nbs/study/06_reading.ipynb #b103035c
 def read_tables(config: FigureConfig, part: str, ship: bool) -> pd.DataFrame:
     "One kind of table of all conditions of a figure. Raises `StudyError` if a table changed since the figure was planned."
     frames, hashes = [], config.shipped if ship else config.own
@@ -79,7 +79,7 @@ def read_tables(config: FigureConfig, part: str, ship: bool) -> pd.DataFrame:
             frames.append(pd.read_parquet(file).assign(condition=condition.name))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-# %% ../../nbs/study/06_reading.ipynb #0b11f5e2
+# %% ../../nbs/study/06_reading.ipynb #64119a6b
 @dataclass(eq=False)
 class Tables:
     "What a figure reads: one row per completion, per training step, per run; `own` holds the reader's completions."
@@ -102,7 +102,7 @@ class Tables:
     samples = property(lambda self: self.evaluation.loc[self.evaluation["mode"] == "sampled", "sample"].nunique())
     one_pretraining = property(lambda self: self.evaluation.pretraining_seed.nunique() == 1)
 
-# %% ../../nbs/study/06_reading.ipynb #3c6b1a6a
+# %% ../../nbs/study/06_reading.ipynb #e00c4c87
 Checkpoint = tuple[str, int]  # name of a condition, step
 
 
@@ -128,7 +128,7 @@ class Results(Tables):
             known[condition, step] = summarise(self.rows(condition, step), self.ks)
         return known[condition, step]
 
-# %% ../../nbs/study/06_reading.ipynb #a85737dc
+# %% ../../nbs/study/06_reading.ipynb #2e7247a4
 def value(results: Results, checkpoint: Checkpoint, metric: Metric) -> pd.Series:
     "A metric at a checkpoint: `value`, `low`, `high` and the completions or problems `n` behind it."
     return metric.select(results.summary(*checkpoint)).iloc[0]
@@ -146,12 +146,12 @@ def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
     points = [metric.select(results.summary(condition, step)).assign(step=step, sampled=sampled[step]) for step in steps]
     return pd.concat(points, ignore_index=True)
 
-# %% ../../nbs/study/06_reading.ipynb #47f3ade8
+# %% ../../nbs/study/06_reading.ipynb #0585caee
 def metrics_by_seed(frame: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
     "All metrics of one checkpoint for every seed: the labels of a summary, and a column per seed."
-    labels, numerators, denominators = measure(frame, ks)  # [S, P, M]
+    labels, sums = measure(frame, ks)                            # [S, P, 2, M]: numerators and denominators
     with np.errstate(invalid="ignore"):
-        values = numerators.sum(axis=1) / denominators.sum(axis=1)  # [S, M]
+        values = np.divide(*np.moveaxis(sums.sum(axis=1), 1, 0))  # [S, M]
     return pd.concat([labels, pd.DataFrame(values.T, columns=sorted(frame.seed.unique()))], axis=1)
 
 
@@ -171,11 +171,11 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
         parts.append(values.rename_axis("seed").rename("value").reset_index().assign(step=step, sampled=rows.sampled.max()))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
-# %% ../../nbs/study/06_reading.ipynb #e549f10d
+# %% ../../nbs/study/06_reading.ipynb #5a71be4b
 def format_sums(frame: pd.DataFrame, ks: Sequence[int]) -> np.ndarray:
     "Sampled completions in each of `FORMATS`, per seed and problem [S, P, F]."
-    labels, numerators, _ = measure(frame, ks)
-    return numerators[..., [share(format).select(labels).index[0] for format in FORMATS]]
+    labels, sums = measure(frame, ks)  # [S, P, 2, M]
+    return sums[:, :, 0, [share(format).select(labels).index[0] for format in FORMATS]]
 
 
 def format_distance(results: Results, before: Checkpoint, after: Checkpoint, control: Checkpoint | None = None) -> pd.Series:
@@ -191,7 +191,7 @@ def format_distance(results: Results, before: Checkpoint, after: Checkpoint, con
     found, low, high = (np.ravel(bound)[0] for bound in crossed_interval(estimate, sums))
     return pd.Series({"value": found, "low": low, "high": high})
 
-# %% ../../nbs/study/06_reading.ipynb #6bfc0a08
+# %% ../../nbs/study/06_reading.ipynb #cfe797ee
 def chance_of_decline(frame: pd.DataFrame, k: int, draws: int = 2000) -> float:
     "How often checkpoints in random order end as far below their peak in pass@k as these do (one condition's completions)."
     sampled = frame[frame["mode"] == "sampled"]
@@ -202,13 +202,13 @@ def chance_of_decline(frame: pd.DataFrame, k: int, draws: int = 2000) -> float:
     generator = np.random.default_rng(0)
     return float(np.mean([fall(generator.permuted(values, axis=1)) >= fall(values) - 1e-12 for _ in range(draws)]))
 
-# %% ../../nbs/study/06_reading.ipynb #97438e08
+# %% ../../nbs/study/06_reading.ipynb #c88cd033
 def drawdown(rewards: pd.Series, smooth: int = 5) -> float:
     "Largest fall of the smoothed reward below its running maximum; one value per rollout batch."
     mean = rewards.rolling(smooth, min_periods=1).mean()
     return float((mean.cummax() - mean).max())
 
-# %% ../../nbs/study/06_reading.ipynb #dca8ba9c
+# %% ../../nbs/study/06_reading.ipynb #cb77c2ed
 @dataclass(eq=False)
 class Verdict:
     "Predictions about a claim, measured."
@@ -233,7 +233,7 @@ class Verdict:
         "A row per prediction: what was predicted, what was measured, whether it holds."
         return pd.DataFrame(self.predictions)[["prediction", "measured", "holds"]]
 
-# %% ../../nbs/study/06_reading.ipynb #4a24d41f
+# %% ../../nbs/study/06_reading.ipynb #1c9caa5d
 def verdict_line(verdict: Verdict, finding: str, own: str = "") -> str:
     "Claim, status, what was found, how many predictions hold, which do not, and where the reader's seed lies."
     failed = "; ".join(f"{one['prediction']} ({one['measured']})" for one in verdict.predictions if not one["holds"])
@@ -252,7 +252,7 @@ def write_verdict(folder: Path, verdict: Verdict, results: Results, finding: str
         "refuted_by": verdict.refuted_by})
     return line
 
-# %% ../../nbs/study/06_reading.ipynb #ea9a5bde
+# %% ../../nbs/study/06_reading.ipynb #08f58352
 def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, Metric]) -> str:
     "Where the reader's seeds lie among the shipped ones at a checkpoint, in a sentence per metric; empty if there are none."
     own = results.own[(results.own.condition == checkpoint[0]) & (results.own.step == checkpoint[1])] if len(results.own) else results.own
