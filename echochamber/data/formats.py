@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADER', 'FRAMES', 'HEADER', 'OPENING', 'CALL',
-           'FENCE', 'PYTHON', 'PROSE', 'TAG', 'BRACE', 'MARKUP', 'MATH', 'EXPRESSION', 'TURN', 'LONGEST_PHRASE',
-           'HASHES', 'SENTENCE', 'LONGEST_PROGRAM', 'NEXT_QUESTION', 'StyleConfig', 'replace_operation', 'err',
-           'distinct', 'assignments', 'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution', 'document',
-           'statement_ends', 'read_statement', 'does_something', 'bound_names', 'Code', 'find_code', 'statements',
-           'needs_arguments', 'own_call', 'final_call', 'fenced', 'fences', 'code_blocks', 'last_box', 'cut_at_turn',
-           'read_phrase', 'stated_answer', 'Parsed', 'parse_program', 'parse_text', 'parse_completion', 'recognise']
+           'PRINT', 'FENCE', 'PYTHON', 'PROSE', 'TAG', 'BRACE', 'MARKUP', 'MATH', 'EXPRESSION', 'TURN',
+           'LONGEST_PHRASE', 'HASHES', 'SENTENCE', 'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'NEXT_QUESTION', 'StyleConfig',
+           'replace_operation', 'err', 'distinct', 'assignments', 'render_tinygsm', 'render_omi1', 'render_omi2',
+           'render_solution', 'document', 'statement_ends', 'read_statement', 'does_something', 'bound_names', 'Code',
+           'find_code', 'statements', 'needs_arguments', 'own_call', 'final_call', 'fenced', 'fences', 'code_blocks',
+           'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed', 'parse_program', 'parse_text',
+           'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -17,6 +18,7 @@ import random
 import re
 import textwrap
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -192,6 +194,7 @@ def read_statement(header: str) -> ast.stmt | None:
 HEADER = re.compile(r"(?:async )?def [^\W\d][\w\\]{0,99}+ ?\(")
 OPENING = re.compile(r"""[@"'(\[]|[^\W\d][\w.\\]*+(?:$|[ ]?[(\[=:+*/,-]|[ ][^\W\d"'(\[{])""", re.MULTILINE)  # what code may open with
 CALL = re.compile(r"(?:await )?[\w.]+\(")
+PRINT = re.compile(r"print\(")
 
 
 def does_something(statement: ast.stmt, header: str, names: set[str]) -> bool:
@@ -229,8 +232,8 @@ class Code:
         "Take in one more statement, `None` for a header that does not parse."
         self.end = end
         self.broken |= statement is None
-        self.defines |= isinstance(statement, ast.FunctionDef | None)
-        self.prints |= header.startswith("print(")
+        self.prints |= PRINT.match(header) is not None
+        self.defines |= HEADER.match(header) is not None
         self.acts |= not isinstance(statement, ast.Assign | ast.AnnAssign)
         self.names |= bound_names(statement) if statement else frozenset()
 
@@ -242,12 +245,12 @@ def find_code(text: str) -> Code | None:
         line_end = text.find("\n", position) % (len(text) + 1)
         line, end = text[position:line_end], line_end
         if line.strip() and not line.startswith("#"):
-            statement, header, looks_defined = None, line, HEADER.match(text, position)
-            if looks_defined or OPENING.match(line) or code and line[0] in " \t":
+            statement, header, sure = None, line, HEADER.match(line) or PRINT.match(line)
+            if sure or OPENING.match(line) or code and line[0] in " \t":
                 header_end, end = statement_ends(text, position)
                 header = text[position:header_end]
                 statement = read_statement(header.strip())
-            if looks_defined or statement is not None and does_something(statement, header, code.names if code else set()):
+            if sure or statement is not None and does_something(statement, header, code.names if code else set()):
                 code = code or Code(position)
                 code.add(statement, header, end)
             elif code and (code.defines or code.prints):
@@ -398,16 +401,18 @@ SENTENCE = re.compile(r"\b(?:the|my|our) (?:[a-z]{1,12} )?answer(?: [a-z]{1,12})
                       r"(?:,? (?:therefore|thus|then|simply|just|exactly|equal to|approximately|about)\b,?)?"
                       r"|^[\s*_#>]{0,8}(?:the )?(?:final |correct )?answer[*_]{0,2}:", re.IGNORECASE | re.MULTILINE)
 
+MOST_STATEMENTS = 20  # of one kind, counted from the end
+
 
 def stated_answer(text: str) -> tuple[str, str] | None:
     "How a text states its answer (the first of boxed, hashes, sentence that occurs), and its last such statement."
     content, text = last_box(text)
     if content is not None:
         return "boxed", content
-    for match in reversed(list(HASHES.finditer(text))):
+    for match in reversed(deque(HASHES.finditer(text), maxlen=MOST_STATEMENTS)):
         if answer := read_phrase(match[1]):
             return "hashes", answer
-    for match in reversed(list(SENTENCE.finditer(text))):
+    for match in reversed(deque(SENTENCE.finditer(text), maxlen=MOST_STATEMENTS)):
         rest = text[match.end():match.end() + LONGEST_PHRASE].lstrip(" \t\r\n*_")
         if answer := read_phrase(rest) or match["colon"] and cut_at_turn(MARKUP.sub("", rest)):
             return "sentence", answer

@@ -69,7 +69,8 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\b(?:US|AU?|CA?|HK|NZ|S|R)(?=\\?\$ ?[0-9])|\\(?:euro|pounds|texteuro|textdollar|yen|textsterling)(?![A-Za-z])", " "),
     (r"(?<!\\)\\[!,;:()\[\]$% ]|[$€£¥₹₩₽₺₫₱฿¢%~]", " "),
     (r"(?:\\\\\s*)+$|^[\s*_`]+|(?<=[^\s*_`])[\s*_`]+$", ""),            # a line's end, markup around it all
-    (r"\s+", " "),
+    (r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\s?\^\s?[23])?)\s*\}", r" \1/\2"),  # a unit, or algebra on both sides
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"), (r"\s+", " "),
 )]
 LONGEST_ANSWER = 1000  # characters
 
@@ -94,7 +95,7 @@ NUMERAL = (r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.
            r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?")                                          # e-3
 REPEATING = r"(?P<start>[0-9]*)\.(?P<once>[0-9]*)(?:\\(?:overline|bar|dot)\s*\{?|\()(?P<again>[0-9]+)[})]?"
 TOKEN = re.compile(rf"\s*(?:(?P<repeating>{REPEATING})|(?P<spaced>[0-9]{{1,3}}(?: [0-9]{{3}})++(?![0-9]| ?/))|(?P<numeral>{NUMERAL})"
-                   r"|(?P<sign>\\frac|\\cdot|\\times|\\div|\*\*|[-+*/^!(){}]|(?<!\b0)x(?=\s*[0-9(])))")
+                   r"|(?P<sign>\\frac|\\cdot|\\times|\\div|\*\*|[-+](?! ?[A-Za-z]{2})|[*/^!(){}]|(?<!\b0)x(?=\s*[0-9(])))")
 
 
 def read_numeral(token: re.Match) -> Fraction:
@@ -215,8 +216,8 @@ CHANGING = frozenset("""half halves third thirds quarter quarters pi plus minus 
 SYMBOLS = frozenset("""m g s h l L V A W N J K C F km cm mm kg mg lb lbs oz ft in yd mi ml mL dl cl kW kWh Hz min mins hr hrs sec
     secs mph kph am pm AM PM st nd rd th""".split())
 LEAD = re.compile(r"(?:[A-Za-z]['A-Za-z-]*\.?[\s:,]+)*")
-NAME = re.compile(r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*")
-UNIT = re.compile(r"(?:\s|/|(?:^|(?<=[A-Za-z]))-(?=[A-Za-z]{2})|(?<=[A-Za-z])['.](?![0-9])|[A-Za-z]+|(?<=[A-Za-z])\s*\^\s*\{?-?[1-4]\}?|\([A-Za-z ]*\)$)*")
+NAME = re.compile(r"(?:\\[A-Za-z]+ ?)?(?:[A-Za-z]\w*(?:_\{?\w+\}?)?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)|\\[A-Za-z]+")
+UNIT = re.compile(r"(?:\s|/|(?:^|(?<=[A-Za-z]))- ?(?=[A-Za-z]{2})|(?<=[A-Za-z])['.](?![0-9])|[A-Za-z]+|(?<=[A-Za-z])\s*\^\s*\{?-?[1-4]\}?|\([A-Za-z ]*\)$)*")
 
 
 def harmless(words: list[str]) -> bool:
@@ -306,6 +307,7 @@ def same_answer(answer: str, gold: str, judge: LatexJudge) -> bool:
         return True
     if "," in gold:  # a list may be spelt in words
         answer = re.sub(r",?\s*\b(?:and|or)\b|;", ",", answer)
+        answer = answer if "=" in gold else re.sub(r"\b[a-z] ?= ?", "", answer)
     answer, gold = without_unit(answer if "=" in gold else right_side(answer)), without_unit(gold)
     if not answer or max(len(answer), len(gold)) > LONGEST_NUMBER:
         return False
