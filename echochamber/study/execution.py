@@ -63,8 +63,8 @@ class Task:
 
     @property
     def output(self) -> Path:
-        "Where the executed notebook will lie: `<stage>.ipynb` in the folder of the run."
-        return Path(self.folder, f"{Path(self.folder).parent.name}.ipynb")
+        "Where the executed notebook will lie."
+        return Path(self.folder, Path(self.notebook).name)
 
     def hidden(self, name: str) -> Path:
         "A file that is of use while the task is executed."

@@ -129,8 +129,9 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
     """A Dask client: of this process, of a scheduler at an address, or of a SLURM cluster described by a JSON file.
 
     Raises `StudyError` if no scheduler answers, or the file describes no cluster."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     from distributed import Client, LocalCluster
+    for name in ("distributed", "distributed.client"):  # whose import has set their levels
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if slurm:
             scheduler = stack.enter_context(slurm_cluster(slurm))
@@ -154,7 +155,7 @@ def slurm_cluster(description: Path):
     except ImportError:
         raise StudyError("--slurm needs dask-jobqueue; install it with `pip install 'echochamber[cluster]'`") from None
     try:
-        arguments = {"processes": 1} | json.loads(Path(description).read_text(encoding="utf-8"))
+        arguments = {"processes": 1, **json.loads(Path(description).read_text(encoding="utf-8"))}
         one_run_each = [*arguments.pop("worker_extra_args", []), "--nthreads", "1"]
         return SLURMCluster(**arguments, worker_extra_args=one_run_each)
     except Exception as error:  # whatever the arguments lead to
@@ -165,17 +166,20 @@ def slurm_cluster(description: Path):
 # %% ../../nbs/study/07_graph.ipynb #51a20003
 def submit_jobs(cluster, jobs: int) -> None:
     "Ask SLURM for so many jobs. Raises `StudyError` if it takes none."
+    from distributed import Status
     if not shutil.which("sbatch"):
         raise StudyError("--slurm needs the command sbatch; run this where jobs are submitted, or leave --slurm out")
     cluster.scale(jobs=jobs)
     while len(cluster.workers) < jobs:
         time.sleep(0.05)
-    for job in cluster.workers.values():
-        if job.job_id is None:
-            try:
-                cluster.sync(job.start)  # once more, to hear why
-            except Exception as error:
-                raise StudyError(f"SLURM does not take the job ({' '.join(str(error).split())})") from None
+    refused = [job for job in cluster.workers.values() if job.job_id is None]
+    for job in refused:
+        job.status = Status.failed  # or the cluster could not be closed
+    try:
+        for job in refused:
+            cluster.sync(job.start)  # once more, to hear why
+    except Exception as error:
+        raise StudyError(f"SLURM does not take the job ({' '.join(str(error).split())})") from None
 
 # %% ../../nbs/study/07_graph.ipynb #ddb43741
 def clock(seconds: float) -> str:

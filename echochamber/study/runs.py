@@ -26,14 +26,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..core import StrictConfig, StudyError, content_hash, outputs_folder, write_json
-from echochamber.study.fingerprint import (
-    NOT_COMPUTING,
-    code_version,
-    git_revision,
-    hardware,
-    notebooks_folder,
-    versions,
-)
+from .fingerprint import NOT_COMPUTING, code_version, git_revision
+from .fingerprint import hardware, notebooks_folder, versions
 
 # %% ../../nbs/study/01_runs.ipynb #faa3007c
 @dataclass(frozen=True, eq=False)

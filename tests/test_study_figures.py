@@ -1,0 +1,106 @@
+"Figures are drawn from committed tables, and what is committed is what they draw."
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from echochamber.core import project_root
+from echochamber.study import figures
+from echochamber.study.conditions import Condition
+from echochamber.study.execution import launch, run_task
+from echochamber.study.figures import FIGURES, Figure, figure_run, publish, read_json, redraw, table_file, verdict_file, write_table
+
+ROOT, SHIPPED = project_root(), project_root() / "outputs/results/laptop"
+DRAWN = [name for name, figure in FIGURES.items() if all((SHIPPED / f"{one.name}.parquet").exists() for one in figure.conditions)]
+
+
+@pytest.fixture(scope="module")
+def redrawn(tmp_path_factory):
+    "Every figure drawn from the committed tables into an outputs folder of its own."
+    outputs = tmp_path_factory.mktemp("outputs")
+    shutil.copytree(SHIPPED, outputs / "results/laptop", ignore=shutil.ignore_patterns(*(f"{name}.json" for name in FIGURES)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECHOCHAMBER_OUTPUTS", str(outputs))
+        lines = redraw("laptop")
+    assert list(lines) == DRAWN
+    return outputs
+
+
+def printed(notebook: Path) -> list[str]:
+    "Everything that a notebook's cells say in text, one string per code cell."
+    def text(output) -> str:
+        return output.get("text") or output.get("data", {}).get("text/plain", "")
+    cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
+    said = ["".join(text(output) for output in cell.outputs if output.get("name") != "stderr").strip() for cell in cells
+            if "injected-parameters" not in cell.metadata.get("tags", [])]
+    return [re.sub(r"<Figure size .*?>", "<Figure>", one) for one in said]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_verdict_is_the_committed_one(redrawn, name):
+    assert read_json(redrawn / f"results/laptop/{name}.json") == read_json(SHIPPED / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_notebook_says_what_is_committed(redrawn, name):
+    "Outputs saved in `nbs/figures` are those of the committed tables."
+    assert printed(redrawn / f"figures/laptop/{name}.ipynb") == printed(ROOT / f"nbs/figures/{name}.ipynb")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_front_page_says_what_is_committed(redrawn, name):
+    readme, verdict = (ROOT / "README.md").read_text(), read_json(redrawn / f"results/laptop/{name}.json")
+    for one in verdict["predictions"]:
+        assert one["measured"] in readme, "run `make readme` after `make figures`"
+    assert f"outputs/figures/laptop/{name}.png" in readme and (ROOT / f"outputs/figures/laptop/{name}.png").exists()
+
+
+def test_committed_tables_are_those_of_figures():
+    "No table without a condition, no condition without provenance, and the seeds it names are in the rows."
+    conditions = {one.name for figure in FIGURES.values() for one in figure.conditions}
+    tables = {file.stem for file in SHIPPED.glob("*.parquet") if not file.stem.endswith(("_training", "_costs"))}
+    assert tables <= conditions and DRAWN
+    for name in tables:
+        rows, origin = pd.read_parquet(SHIPPED / f"{name}.parquet"), json.loads((SHIPPED / f"{name}.json").read_text())
+        assert sorted(rows.seed.unique()) == origin["seeds"] and sorted(rows.pretraining_seed.unique()) == origin["pretraining_seeds"]
+        assert set(rows.condition) == {name} and origin["revisions"]
+        assert max(file.stat().st_size for file in SHIPPED.glob(f"{name}*.parquet")) < 2**20
+
+
+TOY = """
+import matplotlib.pyplot as plt
+from echochamber.plots import save_figure
+from echochamber.study.figures import figure_folder, open_figure
+from echochamber.study.reading import ACCURACY, Results, Verdict, own_seed_line, value, write_verdict
+by_hand, config = config is None, open_figure("toy", preset, config)
+results, end, verdict = Results.read(config), (config.conditions[0].name, 120), Verdict("T1")
+verdict.predict("1 it learns", f"{value(results, end, ACCURACY).value:.2f}", True, headline=True)
+with figure_folder(name, config, by_hand) as folder:
+    save_figure(plt.figure(), folder / "toy")
+    write_verdict(folder, verdict, results, "a toy", own_seed_line(results, end, {"accuracy": ACCURACY}))
+"""
+
+
+def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
+    "Five lines and a notebook of ten; drawn from prepared tables, with the reader's own seed."
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("ECHOCHAMBER_NOTEBOOKS", str(tmp_path / "nbs"))
+    parameters = nbformat.v4.new_code_cell("name = 'toy'\nconfig = None\npreset = 'laptop'", metadata={"tags": ["parameters"]})
+    (tmp_path / "nbs/figures").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(TOY)]), tmp_path / "nbs/figures/toy.ipynb")
+
+    toy = Figure(name="toy", claim="T1", title="a toy learns", conditions=(Condition(pretraining_seed=0),))
+    monkeypatch.setitem(figures.FIGURES, "toy", toy)
+
+    table = pd.read_parquet(SHIPPED / "grpo-pretraining0.parquet")
+    write_table(table_file(toy.conditions[0], "laptop", ship=True), [table])
+    assert redraw("laptop") == {"toy": "T1 reproduced: a toy; 1 of 1 predictions hold."}
+    write_table(table_file(toy.conditions[0], "laptop"), [table[table.seed == 1]])
+    launch(run_task(run := figure_run(toy, "laptop")))
+    assert publish(run).startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo-pretraining0): accuracy")
+    assert read_json(verdict_file("toy", "laptop"))["seeds"] == 3, "the shipped seeds stay the results"
+    assert run.done and figure_run(toy, "laptop").reference == run.reference, "nothing is drawn twice"

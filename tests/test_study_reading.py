@@ -1,0 +1,121 @@
+"What figures conclude: tables are what was planned, and verdicts say no where the answer is no."
+import ast
+import json
+import shutil
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from echochamber.core import StudyError, project_root
+from echochamber.study.conditions import Condition
+from echochamber.study.figures import FIGURES, figure_config, table_file, write_table
+from echochamber.study.reading import ACCURACY, GREEDY, Results, Verdict, change, own_seed_line, seed_values, share, value
+
+GRPO, PPO = Condition(pretraining_seed=0), Condition(algorithm="ppo", pretraining_seed=0)
+SHIPPED = project_root() / "outputs/results/laptop"
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    "A copy of the committed tables in an outputs folder of its own; the folder of the copies."
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
+    return shutil.copytree(SHIPPED, tmp_path / "results/laptop")
+
+
+def reproduce_seed(condition: Condition, seed: int, **changes) -> None:
+    "One shipped seed as the reader's own tables, with changed columns."
+    table = pd.read_parquet(SHIPPED / f"{condition.name}.parquet")
+    write_table(table_file(condition, "laptop"), [table[table.seed == seed].assign(**changes)])
+
+
+def test_results_are_the_committed_rows(shipped):
+    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
+    assert results.seeds == [0, 1, 2] and (results.problems, results.samples) == (200, 16) and results.one_pretraining
+    assert len(results.evaluation) == 2 * 9 * 3 * 200 * 17 and results.own.empty
+    rows = results.rows(GRPO.name, 120)
+    assert value(results, (GRPO.name, 120), ACCURACY).value == pytest.approx(
+        (rows[rows["mode"] == "sampled"].outcome == "correct").mean())
+    each = seed_values(rows, GREEDY, results.ks)
+    greedy = rows[rows["mode"] == "greedy"]
+    assert each.to_dict() == pytest.approx((greedy.outcome == "correct").groupby(greedy.seed).mean().to_dict())
+    assert change(results, (GRPO.name, 0), (GRPO.name, 120), ACCURACY).low > 0.3
+
+
+def test_a_table_that_changes_after_planning_is_refused(shipped):
+    config = figure_config(FIGURES["convergence"], "laptop")
+    pd.read_parquet(shipped / f"{PPO.name}.parquet").head(100).to_parquet(shipped / f"{PPO.name}.parquet")
+    with pytest.raises(StudyError, match="changed after this figure was planned"):
+        Results.read(config)
+    (shipped / f"{PPO.name}.parquet").unlink()
+    with pytest.raises(StudyError, match="changed after"):
+        Results.read(config)
+
+
+def test_the_readers_rows_lie_beside_the_shipped_ones(shipped):
+    for condition in (PPO, GRPO):
+        reproduce_seed(condition, 1)
+    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
+    assert results.seeds == [0, 1, 2] and sorted(results.own.seed.unique()) == [1]
+    line = own_seed_line(results, (GRPO.name, 120), {"accuracy": ACCURACY})
+    assert "share one pretraining" in line and "within" not in line and "outside" not in line
+    assert not Results.read(figure_config(FIGURES["convergence"], "laptop", own=False)).own.size
+
+
+def test_without_shipped_tables_the_readers_are_the_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
+    with pytest.raises(StudyError, match="reproduce convergence"):
+        figure_config(FIGURES["convergence"], "laptop")
+    for condition in (PPO, GRPO):
+        reproduce_seed(condition, 2)
+    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
+    assert results.seeds == [2] and results.own.empty
+
+
+def test_whole_seeds_judge_the_readers_seed(shipped):
+    table = pd.read_parquet(SHIPPED / f"{GRPO.name}.parquet").assign(condition=GRPO.name)
+    whole = table.assign(pretraining_seed=table.seed)
+    finals = {"accuracy": ACCURACY, "share": share("tinygsm")}
+    near = Results(whole, own=whole[whole.seed == 1])
+    assert own_seed_line(near, (GRPO.name, 120), finals).count("within") == 2
+    early = whole[(whole.seed == 1) & (whole.step == 0)].assign(step=120)
+    assert own_seed_line(Results(whole, own=early), (GRPO.name, 120), finals).count("outside") == 2
+
+
+def run_cells(figure: str) -> dict:
+    "Execute the code of a figure's notebook in this process, as if by hand; its names."
+    matplotlib.use("Agg")
+    names: dict = {}
+    for cell in json.loads((project_root() / f"nbs/figures/{figure}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(ast.parse("".join(cell["source"])), figure, "exec"), names)
+    return names
+
+
+def test_a_model_that_never_moves_is_not_reproduced(shipped):
+    "The convergence figure on tables whose every checkpoint is the start."
+    for condition in (PPO, GRPO):
+        table = pd.read_parquet(shipped / f"{condition.name}.parquet")
+        start = table[(table.step == 0) & (table.problem < 40)]
+        write_table(shipped / f"{condition.name}.parquet", [start.assign(step=step, sampled=128 * step) for step in (0, 8, 120)])
+    verdict = run_cells("convergence")["verdict"]
+    assert verdict.status == "not reproduced" and [one["holds"] for one in verdict.predictions] == [False] * 5
+
+
+def test_a_control_that_moves_as_far_refutes_the_comparison(shipped):
+    "The algorithms figure on tables where supervised fine-tuning ends where GRPO does."
+    tables = {one.algorithm: pd.read_parquet(table_file(one, "laptop", ship=True)) for one in FIGURES["algorithms"].conditions}
+    tables["sft"] = tables["grpo"][tables["grpo"].step == 120].assign(condition="sft-pretraining0", algorithm="sft")
+    for algorithm, table in tables.items():
+        few = table[(table.problem < 40) & ~table.step.isin((4, 8, 24, 40, 60, 90))]
+        write_table(shipped / f"{algorithm}-pretraining0.parquet", [few])
+    verdict = run_cells("algorithms")["verdict"]
+    assert verdict.status == "not reproduced" and "GRPO" in verdict.refuted_by and not verdict.predictions[0]["holds"]
+
+
+def test_a_verdict_without_its_headline_is_not_reproduced():
+    for holds, status in (((True, True), "reproduced"), ((True, False), "partly reproduced"), ((False, True), "not reproduced")):
+        verdict = Verdict("T")
+        for place, one in enumerate(holds):
+            verdict.predict(str(place), "measured", one, headline=place == 0)
+        assert verdict.status == status
