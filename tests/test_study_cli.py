@@ -304,10 +304,12 @@ def test_dry_run_computes_nothing(echochamber, outputs):
     assert status == 0 and all(f"{stage}/" in printed for stage in ("pretrain", "finetune", "evaluate")) and not outputs.exists()
 
 
-def test_more_completions_than_maj_at_k_can_count(tmp_path, echochamber):
-    status, printed, _ = echochamber("grade", write_lines(tmp_path / "made.jsonl", *[GOOD] * 1_100))
-    assert status == 0 and "100.00 %" in printed and "pass@128" in printed and "maj@128" in printed
-    assert "the first 1,000 completions of a question" in printed
+@pytest.mark.parametrize(("completions", "remark"), [(1_100, ""), (15_000, "maj@128 is left out")])
+def test_a_question_may_have_very_many_completions(completions, remark, tmp_path, echochamber):
+    file = write_lines(tmp_path / "made.jsonl", *[GOOD | {"completion": "#### 2"}] * completions)
+    status, printed, complaint = echochamber("grade", file)
+    assert (status, complaint) == (0, "") and "accuracy (lenient)   100.00 %" in printed and "pass@128" in printed
+    assert remark in printed and ("maj@128   " in printed) == (not remark)
 
 
 def test_golds_that_say_the_same_are_one_question(tmp_path, echochamber):
@@ -363,11 +365,12 @@ main(["grade", "--help"])
     assert finished.returncode == 0 and "Example" in finished.stdout and finished.stdout.rstrip().endswith("[]")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_reader_that_has_seen_enough_hears_no_complaint():
     command = [Path(sys.executable).with_name("echochamber"), "study"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project_root()) as listing:
         listing.stdout.close()
-        assert listing.wait(120) == 0 and listing.stderr.read() == b""
+        listing.wait(120)
+        assert listing.stderr.read() == b""
 
 
 def test_a_terminal_without_a_character_gets_a_question_mark(tmp_path):
