@@ -9,7 +9,9 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make reproduce   pretrain, fine-tune, evaluate and draw the headline figure (ARGS='all --preset laptop --seeds 3')"
+	@echo "make figures     draw every figure again from the shipped results, without training"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
+	@echo "make fuzz        property tests on new random examples for FUZZ_MINUTES (20)"
 	@echo "make lab         open JupyterLab at nbs/index.ipynb, with the project's kernel"
 	@echo "make export      write echochamber/*.py and README.md from the notebooks"
 	@echo "make clean       remove the environment and what notebooks left behind (outputs/ stays)"
@@ -26,6 +28,9 @@ $(READY): requirements.txt pyproject.toml
 reproduce: $(READY)
 	@$(BIN)/echochamber reproduce $(ARGS)
 
+figures: $(READY)
+	@$(BIN)/echochamber figures $(ARGS)
+
 test: $(READY) lint sync notebooks unit
 
 lint: $(READY)
@@ -38,7 +43,12 @@ notebooks: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
 
 unit: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 2 --dist loadfile --durations=10
+
+FUZZ_MINUTES ?= 20
+fuzz: $(READY)
+	@end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hypothesis --numprocesses 2 --exitfirst || exit 1; done
 
 # Served from here, because pictures lie in outputs/, and Jupyter shows nothing above its root. The environment's kernel
 # goes before one of the same name in the user's home. Root (of a container) has to be allowed.

@@ -1,36 +1,41 @@
 "Adversarial and property checks of the grader, and the gold answers of the real benchmarks."
 import json
+import os
 import re
 import time
+from collections import defaultdict
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echochamber.core import project_root
+from echochamber.data.benchmarks import load_benchmark
 from echochamber.data.formats import FORMATS
 from echochamber.grading.answers import (
     OUTCOMES,
     Grade,
     Grader,
     GraderConfig,
-    normalise,
-    parse_number,
     prose_answer,
     read_gold,
     read_value,
     round_float,
 )
-
-DATA = project_root().parent / "shared" / "data"
+from echochamber.grading.values import normalise, parse_number
 
 
 def load_answers(name: str) -> list[str]:
-    files = sorted((DATA / name).glob("*.jsonl"))
+    "Gold answers as the file holds them; real benchmark data are not part of the project."
+    variable = f"ECHOCHAMBER_{name.upper()}"
+    files = [file for file in os.environ.get(variable, "").split(os.pathsep) if file]
     if not files:
-        pytest.skip(f"{DATA / name} is absent: real benchmark data are not part of the project")
-    return [json.loads(line)["answer"] for file in files for line in file.open()]
+        pytest.skip(f"{variable} names no file of {name}")
+    golds = [question.answer for file in files for question in load_benchmark(name, file)]
+    whole = [json.loads(line)["answer"] for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    assert len(golds) == len(whole)
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def block(code: str, output: str = "18") -> str:
 
 def test_gsm8k_gold_answers(grader):
     golds = load_answers("gsm8k")
-    assert len(golds) == 7473 + 1319
+    assert len(golds) in (7473, 1319, 7473 + 1319)
     boxed = grader.grade([rf"So \boxed{{{read_gold(gold)}}}." for gold in golds], golds)
     assert {grade.outcome for grade in boxed} == {"correct"}
     assert set(grader.grade(golds, golds)) == {Grade("omi2", grade.extracted, "correct", True) for grade in boxed}
@@ -85,6 +90,38 @@ def test_audit_of_real_answers():
         grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds)
         grader.grade([rf"\boxed{{{gold}1}}" for gold in golds], golds)
     assert grader.audited == 2 * len(golds) and not grader.disagreements
+
+
+# Kinds of completions, each with neighbours; see the file for what they are
+
+CASES = defaultdict(list)
+for line in Path(__file__).with_name("grading_cases.jsonl").read_text(encoding="utf-8").splitlines():
+    CASES[json.loads(line)["kind"]].append(json.loads(line))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_case_of_a_kind_ends_as_it_should(grader, kind):
+    cases = CASES[kind]
+    grades = grader.grade([case["completion"] for case in cases], [case["answer"] for case in cases])
+    astray = [(case["completion"], case["answer"], grade) for case, grade in zip(cases, grades, strict=True)
+              if grade.outcome not in case["expected"].split("|")]
+    assert not astray
+
+
+def test_one_completion_never_ends_the_run(grader):
+    odd = [case["completion"] for case in CASES["values that cannot be handed over"]]
+    grades = grader.grade([text for each in odd for text in (each, function("return 18"))], ["18"] * 2 * len(odd))
+    assert all(grade.outcome in OUTCOMES for grade in grades)
+    assert {grade.outcome for grade in grades[1::2]} == {"correct"}
+
+
+@pytest.mark.parametrize("text, runs_on", [
+    (r"\boxed{18}", False), ("So \\boxed{18}.\n\nQuestion: and 3 more?\n\\boxed{21}", True), ("Question: 3 x 6?\n\nAnswer: 18", False),
+    ("Let me see.\n\nQuestion: 3 x 6?\n\nThe answer is 18.", False), ("#### 18\n\n### Problem 2\n: 5", False),
+])
+def test_running_on_is_told(grader, text, runs_on):
+    [grade] = grader.grade([text], ["18"])
+    assert (grade.outcome, grade.runs_on) == ("correct", runs_on)
 
 
 # Numbers
@@ -131,6 +168,9 @@ def test_no_text_breaks_the_readers(text):
 @pytest.mark.parametrize("text", [
     "1e999999999", "9" * 10**6, "1," * 10**6, "1/" * 10**6, r"\boxed{" * 10**5, r"\text{" * 10**5, "-" * 10**6,
     r"\frac" * 10**5, " " * 10**6, "#### " * 10**5, "the answer is " * 10**5, r"\boxed{" + "{" * 10**5 + "}" * 10**5 + "}",
+    "(" * 199, "-" * 199, r"\boxed{" + "(" * 150 + "1" + ")" * 150 + "}", r"\boxed{" + r"\frac{1}{" * 20 + "2" + "}" * 20 + "}",
+    r"\boxed{9^{9^9}}", r"\boxed{99999999!}", "x = (\n" * 3000, "print(\n" * 2500, "@a\n" * 5000, "a.\n" * 5000, "```\nx = 1\n" * 2000,
+    "\nQuestion: 1 " * 10**4, "the answer to a b c " * 10**4, "answer: x\n" * 10**4, "$" * 10**5, "[(" * 10**4,
     "<llm-code>\n" * 10**5, "def f():\n" * 10**5, "```\n" * 10**5, '"""' * 10**5, "\0" * 10**5, "\ud800" * 10**5,
 ])
 def test_huge_completions_are_graded_quickly(grader, text):
@@ -189,6 +229,7 @@ def test_a_fractional_gold_answer_meets_a_float(grader):
     ("The answer is 18.", "correct", False), ("the answer is: 18", "correct", False), ("\\boxed{17} no, \\boxed{18}", "correct", True),
     ("\\boxed{18} and #### 17", "correct", True), ("#### 18\nThe answer is 17", "correct", True),
     ("The answer is 18, after 3 days", "correct", False), ("\\boxed{18", "correct", False), ("\\boxed{}, 18", "correct", False),
+    ("\\boxed{18}, \\boxed{}", "wrong", False), ("\\boxed{18}, \\boxed{1", "wrong", False),
     ("\\boxed{\\frac{36}{2}}", "correct", True), ("\\boxed{x = 18}", "correct", True), ("\\boxed{2 \\cdot 9}", "correct", True),
     ("\\boxed{18, 19}", "wrong", True), ("\\boxed{81}", "wrong", True), ("", "no_answer", False), ("\\boxed{?}", "wrong", True),
 ])

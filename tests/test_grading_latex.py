@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echochamber.core import StudyError
+from echochamber.core import StudyError, project_root
 from echochamber.grading.latex import LatexJudge
 
 
@@ -46,6 +46,25 @@ def test_a_judge_that_cannot_start_is_one_sentence(monkeypatch):
 def test_any_text_gets_a_verdict(judge, text):
     assert judge("7", text) in (True, False)
     assert judge("2k+2", "2(k+1)")
+
+
+def test_no_file_of_the_working_folder_is_executed(tmp_path, monkeypatch):
+    for name in ("email", "random", "string", "token", "json", "sympy", "math_verify", "pydantic"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w').close()", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.:{project_root()}")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    with closing(LatexJudge()) as judge:
+        assert judge("2k+2", "2(k+1)")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("gold, answer, equal", [
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False), (r"\sqrt{2}", "1.414214", True), (r"\frac{\sqrt{2}}{10^9}", r"\frac{\sqrt{3}}{10^9}", False),
+    ("0", "0.0", True), (r"\infty", r"+\infty", True), ("1,2", "2,1", True),
+])
+def test_numbers_agree_in_digits_whatever_their_size(judge, gold, answer, equal):
+    assert judge(gold, answer) == equal
 
 
 def test_the_process_dies_with_its_parent():

@@ -53,10 +53,34 @@ def test_deep_nesting_never_kills_the_worker(sandbox, bracket):
     "from datetime import datetime, timedelta, timezone\ndatetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))",
     "10**4999", "float('nan')", "b'\\xff'", "'\\ud800'", "{1: {2: 3}}", "lambda: 0", "class A: pass\nA()", "range(10**18)",
     "...", "NotImplemented", "1j", "print", "ValueError('x')", "import math\nmath",
+    "class A: pass\n{A()}", "class A: pass\n{A(): 1}", "class A: pass\n{(A(),): {A()}}", "x = []\nx.append(x)\nx", "[[1, 2], (3, {4, 5})]",
 ])
 def test_any_value_comes_home_as_text(sandbox, program):
     [result] = sandbox.run([program])
     assert result.value is None or isinstance(result.value, str)
+
+
+@pytest.mark.parametrize("program, status", [
+    ("callable(3)", "unsupported"), ("(3).real", "unsupported"), ("from collections import OrderedDict", "unsupported"),
+    ("import os\nos.system('id')", "unsupported"), ("str.upper('a')", "unsupported"), ("object()", "unsupported"),
+    ("(3).reel", "error"), ("calable(3)", "error"), ("from collections import OrderdDict", "error"), ("import math\nmath.ceiling(3)", "error"),
+    ("input()", "error"), ("raise NameError(\"name 'x' is not defined\")", "error"), ("str.uper('a')", "error"), ("None.real", "error"),
+])
+def test_what_python_has_and_the_sandbox_lacks_is_unsupported(sandbox, program, status):
+    assert sandbox.run([program])[0].status == status
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(number=st.floats(-1e6, 1e6) | st.integers(-10**6, 10**6).map(lambda thousandth: thousandth / 1000), digits=st.integers(0, 4))
+def test_rounding_is_pythons(sandbox, number, digits):
+    rounded, whole = sandbox.run([f"round({number!r}, {digits})", f"({number!r}).is_integer()"])
+    assert (rounded.value, whole.value) == (str(round(number, digits)), str(number.is_integer()))
+
+
+def test_cells_have_the_time_of_one_program(sandbox):
+    start = time.perf_counter()
+    [result, after] = sandbox.run([["for i in range(10**9):\n    x = 1 / (i - 200_000)"] * 200, "6 * 7"])
+    assert result.status in ("timeout", "error") and after.value == "42" and time.perf_counter() - start < 5
 
 
 def test_sessions_share_nothing_and_repeat_exactly(sandbox):

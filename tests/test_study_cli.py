@@ -14,7 +14,7 @@ from echochamber.data.problems import ProblemConfig
 from echochamber.grading.latex import LatexProcess
 from echochamber.study import cli
 from echochamber.study.cli import main
-from echochamber.study.presets import FIGURES
+from echochamber.study.figures import FIGURES, figure_runs, table_file
 
 GOOD = {"question": "1 + 1?", "answer": "2", "completion": r"The sum is \boxed{2}."}
 COLUMNS = ["question", "answer", "completion", "format", "extracted", "outcome", "strict"]
@@ -56,6 +56,12 @@ BAD_LINES = {
     "list": (GOOD | {"completion": ["2"]}, "`completion`"),
     "doubled key": ('{"question": "a", "question": "b", "answer": "2", "completion": "2"}', "`question` twice"),
     "doubled key, equal": ('{"question": "a", "answer": "2", "answer": "2", "completion": "2"}', "`answer` twice"),
+    "empty question": (GOOD | {"question": " \t"}, "the question is empty"),
+    "empty gold": (GOOD | {"answer": ""}, "the gold answer is empty; add it"),
+    "empty gold after ####": (GOOD | {"answer": "1 + 1 = 2\n#### "}, "the gold answer is empty after `####`"),
+    "gold without a value": (GOOD | {"answer": "$ $"}, "the gold answer is empty"),
+    "half a character": (json.dumps(GOOD | {"completion": "\ud83d"}), "half a character"),
+    "two golds": (GOOD | {"answer": "3"}, "the gold answer is `3`, but the same question has `2` in line 1"),
     "not UTF-8": (json.dumps(GOOD).encode().replace(b"sum", b"s\xfcm"), "UTF-8"),
 }
 
@@ -104,10 +110,13 @@ def test_grade_tells_what_could_not_be_decided(undecided, tmp_path, echochamber,
 
 
 BAD_PLACES = {
-    "folder": ("there", "is a folder; give a file in it, such as --out there/graded.parquet"),
-    "suffix": ("graded.csv", "give --out graded.parquet"),
-    "no suffix": ("graded", "give --out graded.parquet"),
+    "folder": ("there", "is a folder; give a file in it, such as there/graded.parquet"),
+    "suffix": ("graded.csv", "give graded.parquet"),
+    "no suffix": ("graded", "give graded.parquet"),
     "below a file": ("made.jsonl/graded.parquet", "made.jsonl is not a folder"),
+    "long name": ("x" * 240 + ".parquet", "File name too long"),  # by the ending of the temporary file
+    "long folder": ("x" * 300 + "/graded.parquet", "File name too long"),
+    "made by nobody": ("/proc/graded.parquet", "cannot be written"),
 }
 
 
@@ -116,7 +125,7 @@ BAD_PLACES = {
 def test_a_place_that_takes_no_table_is_refused_before_the_work(place, sentence, command, tmp_path, echochamber, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("echochamber.grading.answers.grade_frame", lambda *inputs: pytest.fail("graded first"))
-    monkeypatch.setattr(cli, "execute_one", lambda run: pytest.fail("evaluated first"))
+    monkeypatch.setattr(cli, "compute", lambda run: pytest.fail("evaluated first"))
     write_lines(tmp_path / "made.jsonl", GOOD)
     (tmp_path / "there").mkdir()
     make_checkpoint(tmp_path / "model")
@@ -126,9 +135,22 @@ def test_a_place_that_takes_no_table_is_refused_before_the_work(place, sentence,
 
 
 def test_a_place_that_may_not_be_written_is_refused(tmp_path, echochamber, monkeypatch):
-    monkeypatch.setattr("os.access", lambda place, mode: not mode & os.W_OK)
+    def refuse(*place, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # root may write everywhere
     status, _, complaint = echochamber("grade", write_lines(tmp_path / "made.jsonl", GOOD), "--out", tmp_path / "graded.parquet")
-    assert status == 1 and "cannot be written" in complaint and "graded.parquet" in complaint
+    assert status == 1 and f"{tmp_path} does not allow it" in complaint and "graded.parquet" in complaint
+
+
+def test_home_is_expanded_where_the_shell_does_not(tmp_path, echochamber, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "made.jsonl", GOOD)
+    status, printed, _ = echochamber("grade", "made.jsonl", "--out=~/new/graded.parquet")
+    assert status == 0 and len(pd.read_parquet(tmp_path / "home" / "new" / "graded.parquet")) == 1 and "~" not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "made.jsonl"]
+    status, _, complaint = echochamber("grade", "made.jsonl", "--out=~nobody-of-that-name/graded.parquet")
+    assert status == 1 and "unknown home" in complaint
 
 
 def test_grade_makes_the_folder_of_its_table(tmp_path, echochamber):
@@ -149,13 +171,14 @@ def executed(monkeypatch):
     "Runs that `evaluate` asked for; instead of being computed they get two completions."
     asked = []
 
-    def execute_one(run):
+    def compute(run):
         asked.append(run)
         run.folder.mkdir(parents=True)
         frame = pd.DataFrame([GOOD | {"problem": 0, "sample": 0, "mode": "greedy", "format": "omi2", "extracted": "2", "outcome": "correct",
                                       "strict": True, "tokens": 5, "ended": True, "step": -1}])
         pd.concat([frame, frame.assign(problem=1)]).to_parquet(run.folder / "evaluation.parquet", index=False)
-    monkeypatch.setattr(cli, "execute_one", execute_one)
+        (run.folder / "provenance.json").write_text("{}")
+    monkeypatch.setattr(cli, "compute", compute)
     return asked
 
 
@@ -264,6 +287,7 @@ MISTAKES = {
     "preset": ("reproduce --preset nonsense", 1, "smoke, laptop"),
     "checkpoint": ("evaluate --checkpoint nowhere --benchmark gsm8k", 1, "model.safetensors"),
     "option": ("reproduce --sedes 2", 2, "--sedes"),
+    "shipped": ("figures convergence --preset smoke", 1, "echochamber reproduce convergence --preset smoke"),
     "report": ("report", 1, "echochamber reproduce"),
 }
 
@@ -280,17 +304,32 @@ def test_dry_run_computes_nothing(echochamber, outputs):
     assert status == 0 and all(f"{stage}/" in printed for stage in ("pretrain", "finetune", "evaluate")) and not outputs.exists()
 
 
+@pytest.mark.parametrize(("completions", "remark"), [(1_100, ""), (15_000, "maj@128 is left out")])
+def test_a_question_may_have_very_many_completions(completions, remark, tmp_path, echochamber):
+    file = write_lines(tmp_path / "made.jsonl", *[GOOD | {"completion": "#### 2"}] * completions)
+    status, printed, complaint = echochamber("grade", file)
+    assert (status, complaint) == (0, "") and "accuracy (lenient)   100.00 %" in printed and "pass@128" in printed
+    assert remark in printed and ("maj@128   " in printed) == (not remark)
+
+
+def test_golds_that_say_the_same_are_one_question(tmp_path, echochamber):
+    golds = ("2", "2.0", "1 + 1 = 2\n#### 2", "$2$")
+    status, printed, _ = echochamber("grade", write_lines(tmp_path / "made.jsonl", *(GOOD | {"answer": gold} for gold in golds)))
+    assert status == 0 and "sampled, 1 question," in printed and "pass@4" in printed
+
+
 def test_results_of_more_seeds_do_not_go_without_a_word(echochamber, outputs):
-    (outputs / "results" / "smoke").mkdir(parents=True)
-    (outputs / "results" / "smoke" / "convergence.json").write_text('{"seeds": 3}')
-    for seeds, warned in (("2", True), ("3", False)):
-        status, printed, _ = echochamber("reproduce", "convergence", "--preset", "smoke", "--dry-run", "--seeds", seeds)
-        assert status == 0 and ("results of 3 RL seeds" in printed) == warned == ("--seeds 3" in printed)
+    file = table_file(FIGURES["convergence"].conditions[0], "smoke").with_suffix(".json")
+    file.parent.mkdir(parents=True)
+    file.write_text('{"seeds": [0, 1, 2]}')
+    for seeds, ship, warned in (("2", [], True), ("3", [], False), ("2", ["--ship"], False)):
+        status, printed, _ = echochamber("reproduce", "convergence", "--preset", "smoke", "--dry-run", "--seeds", seeds, *ship)
+        assert status == 0 and ("rests on 3 seeds" in printed) == warned == ("--seeds 3" in printed)
 
 
 def test_looking_deletes_nothing(echochamber, outputs):
     "Not even a damaged run, and not even with --redo."
-    run = FIGURES["convergence"].runs("smoke", 1)[0]
+    run = figure_runs(FIGURES["convergence"], "smoke", 1)[0]
     run.folder.mkdir(parents=True)
     (run.folder / "DONE").write_text("{}")
     for arguments in (("reproduce", "convergence", "--preset", "smoke", "--dry-run", "--redo"), ("study",)):
@@ -324,3 +363,18 @@ main(["grade", "--help"])
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root(), timeout=60)
     assert finished.returncode == 0 and "Example" in finished.stdout and finished.stdout.rstrip().endswith("[]")
+
+
+def test_a_reader_that_has_seen_enough_hears_no_complaint():
+    command = [Path(sys.executable).with_name("echochamber"), "study"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project_root()) as listing:
+        listing.stdout.close()
+        listing.wait(120)
+        assert listing.stderr.read() == b""
+
+
+def test_a_terminal_without_a_character_gets_a_question_mark(tmp_path):
+    made = write_lines(tmp_path / "модель.jsonl", GOOD | {"answer": "→ "}, GOOD | {"answer": "←"})
+    command = [Path(sys.executable).with_name("echochamber"), "grade", made]
+    finished = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, timeout=120)
+    assert finished.returncode == 1 and b"Traceback" not in finished.stderr and b"`?`" in finished.stderr

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'POWERS', 'HEADLINES', 'check_fields', 'check_row', 'gold_key', 'check_gold', 'read_completions',
-           'as_evaluation', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'rehearse', 'table_place']
+           'as_evaluation', 'ks_of', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'rehearse',
+           'table_place']
 
 # %% ../../nbs/grading/05_completions.ipynb #76caf183
 import os
 import re
 import tempfile
 import textwrap
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +20,7 @@ import pandas as pd
 from ..core import StudyError
 from ..data.benchmarks import read_jsonl
 from .answers import outcome_table, read_gold
-from .metrics import MOST_VOTES, summarise, vote_key
+from .metrics import countable, summarise, vote_key
 
 # %% ../../nbs/grading/05_completions.ipynb #33df8537
 FIELDS = ("question", "answer", "completion")
@@ -89,15 +91,15 @@ HEADLINES = {"accuracy": "accuracy (lenient)", "strict_accuracy": "accuracy (str
              "pass_at_k": "pass@{k}", "majority_at_k": "maj@{k}"}
 
 
+def ks_of(evaluation: pd.DataFrame) -> list[int]:
+    "The k of one mode's pass@k and maj@k."
+    return [k for k in POWERS if k <= evaluation.groupby("problem").size().min()]
+
+
 def headlines(evaluation: pd.DataFrame) -> pd.DataFrame:
     "Accuracies, pass@k and maj@k of one mode as shares with their intervals: `measure, value, low, high`."
-    samples = evaluation.groupby("problem").size()
-    ks = [k for k in POWERS if k <= samples.min()]
-    if samples.max() > MOST_VOTES:
-        kept = summarise(evaluation[evaluation["sample"] < MOST_VOTES], ks)
-        summary = pd.concat([summarise(evaluation, []), kept[kept.metric.str.endswith("_at_k")]])
-    else:
-        summary = summarise(evaluation, ks)
+    with warnings.catch_warnings(action="ignore"):  # of a maj@k that cannot be counted: `remarks` says it
+        summary = summarise(evaluation, ks_of(evaluation))
     whole = (summary.format == "all") & (summary.outcome == "all")
     told = whole & summary.metric.isin(HEADLINES) & summary.k.ne(1).fillna(True)
     names = [HEADLINES[row.metric].format(k=row.k) for row in summary[told].itertuples()]
@@ -111,8 +113,8 @@ def remarks(evaluation: pd.DataFrame) -> list[str]:
     if samples.min() < samples.max():
         said.append(f"questions have {samples.min():,} to {samples.max():,} completions each; "
                     "k ends where the first of them do")
-    if samples.max() > MOST_VOTES:
-        said.append(f"pass@k and maj@k look at the first {MOST_VOTES:,} completions of a question")
+    if uncounted := [k for k in ks_of(evaluation) if not countable(int(samples.max()), k)]:
+        said.append(f"maj@{uncounted[0]} is left out: {samples.max():,} completions of a question are too many for it")
     return said
 
 

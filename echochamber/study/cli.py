@@ -63,9 +63,6 @@ def status_of(arguments: list[str] | None) -> int:
         return app(arguments, standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-        return 0
     except Exception as error:
         if (known := sentence_and_status(error)) is None:
             raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_figures', 'runs_of_figures', 'seconds_left', 'study_overview', 'cost_line', 'run_lines', 'seeds_given_up',
-           'deferred_figure', 'reproduce', 'study_report', 'run_of_config']
+           'reproduce', 'study_report', 'run_of_config']
 
 # %% ../../nbs/study/09_reproduction.ipynb #5d1b4b8a
 import itertools
@@ -19,17 +19,15 @@ from .conditions import PRESETS, expected_seconds, find_preset
 from echochamber.study.figures import (
     FIGURES,
     Figure,
-    collect,
-    figure_run,
+    deferred_figure,
     figure_runs,
     picture_file,
-    publish,
     read_json,
     table_file,
     verdict_file,
 )
 from .graph import clock, execute
-from .runs import DeferredRun, Run
+from .runs import Run
 from .stages import STAGES
 
 # %% ../../nbs/study/09_reproduction.ipynb #6c8da953
@@ -88,16 +86,6 @@ def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int, ship: boo
     return said
 
 # %% ../../nbs/study/09_reproduction.ipynb #bb0aac7b
-def deferred_figure(figure: Figure, preset: str, seeds: int, ship: bool = False) -> DeferredRun:
-    "The node that collects the tables of a figure, draws it, and publishes picture and verdict."
-    def make() -> Run:
-        collect(figure, preset, seeds, ship)
-        return figure_run(figure, preset, ship)
-    evaluations = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
-    return DeferredRun(f"figure {figure.name}", make, evaluations, find_preset(preset).seconds["figure"],
-                       lambda run: publish(run, ship))
-
-
 def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, ship: bool = False, workers: int | None = None,
               scheduler: str | None = None, slurm: Path | None = None, redo: bool = False,
               console: Console | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'RolloutConfig', 'OnPolicyConfig', 'on_policy_config', 'kl_penalty', 'grpo_config', 'dr_grpo_config',
            'rloo_config', 'reinforce_config', 'ppo_config']
 
-# %% ../../nbs/training/07_algorithms.ipynb #f4fd743a
+# %% ../../nbs/training/07_algorithms.ipynb #9d22e754
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -45,7 +45,7 @@ class RolloutConfig(StrictConfig):
         "Optimiser steps made from one rollout batch."
         return self.passes * self.prompts * self.samples // self.train_batch
 
-# %% ../../nbs/training/07_algorithms.ipynb #9da5b125
+# %% ../../nbs/training/07_algorithms.ipynb #2b10229b
 def check_estimator(advantage: str, critic: CriticConfig | None, samples: int) -> None:
     "Refuse an unknown estimator, one whose critic is missing or idle, and a group of one sample."
     known = [*GROUP_ESTIMATORS, "gae"]
@@ -75,7 +75,7 @@ class OnPolicyConfig(StrictConfig):
     "An on-policy algorithm: how to sample, how to estimate advantages, how to step."
     kind: Literal["on_policy"] = Field("on_policy", description="which loop trains it")
     algorithm: str = Field(description="name used in figures")
-    advantage: str = Field(description="estimator over [B, G] rewards, one of `GROUP_ESTIMATORS`, or `gae` with a critic")
+    advantage: str = Field(description="one of `GROUP_ESTIMATORS` (over [B, G] rewards), or `gae` with a critic")
     rollouts: RolloutConfig
     loss: LossConfig
     critic: CriticConfig | None = Field(None, description="PPO's critic, for advantage `gae`")
@@ -145,6 +145,6 @@ def ppo_config(steps: int, kl_coefficient: float = 0.0, critic: CriticConfig | N
     loss = LossConfig(**kl_penalty("k1_in_reward", kl_coefficient))
     return on_policy_config("ppo", "gae", loss, steps, critic=critic or CriticConfig(), **sizes)
 
-# %% ../../nbs/training/07_algorithms.ipynb #e86c0da4
+# %% ../../nbs/training/07_algorithms.ipynb #ac4ea1c8
 ALGORITHMS = {"grpo": grpo_config, "dr_grpo": dr_grpo_config, "rloo": rloo_config, "reinforce": reinforce_config,
               "ppo": ppo_config}

@@ -19,7 +19,7 @@ from .advantages import generalised_advantages, whiten
 # %% ../../nbs/training/06_critic.ipynb #dc0199c1
 class CriticConfig(StrictConfig):
     "PPO's critic. Defaults are those of Zhao et al. (2025)."
-    learning_rate: float = Field(7e-6, gt=0, description="peak learning rate of the critic; schedule and betas are the policy's")
+    learning_rate: float = Field(7e-6, gt=0, description="peak learning rate; schedule and betas are the policy's")
     gamma: float = Field(1.0, gt=0, le=1, description="discount per token")
     lam: float = Field(0.95, ge=0, le=1, description="λ of GAE: 1 trusts the rewards, 0 the critic")
     clip: float | None = Field(0.2, gt=0, description="largest move of a value in one rollout batch that is rewarded")

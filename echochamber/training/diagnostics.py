@@ -115,8 +115,8 @@ def stop_reason(metrics: dict[str, Any], uninformative: int, config: StopConfig)
     if most is not None and uninformative >= most:
         solved = "solved" if metrics["groups_all_right"] > metrics["groups_all_wrong"] else "failed"
         return (f"the last {uninformative} rollout batches held no right and wrong samples to compare "
-                f"(questions mostly {solved}), so nothing can be learnt; take other questions or more samples, or raise "
-                "stop.uninformative_rollouts")
+                f"(questions mostly {solved}), so nothing can be learnt; take other questions or more samples, or "
+                "raise stop.uninformative_rollouts")
     return None
 
 # %% ../../nbs/training/05_diagnostics.ipynb #6fd0db7e

@@ -7,7 +7,7 @@ __all__ = ['Share', 'score_with_reference_and_critic', 'estimate_advantages', 'j
            'trim_padding', 'split_micro_batches', 'split_experience', 'weighted_step', 'RolloutData', 'sample_share',
            'RolloutLoader']
 
-# %% ../../nbs/training/07_experience.ipynb #dce88b5b
+# %% ../../nbs/training/07_experience.ipynb #24f598a7
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,18 +21,34 @@ from tokenizers import Tokenizer
 from ..core import StudyError, write_frame
 from ..data.benchmarks import Question
 from ..models.decoder import Decoder, token_log_probs
-from .advantages import (
-    GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten)
+
+# %% ../../nbs/training/07_experience.ipynb #839a74a9
+from echochamber.training.advantages import (
+    GROUP_ESTIMATORS,
+    centre,
+    explained_variance,
+    penalised_rewards,
+    rewards_to_go,
+    whiten,
+)
 from .algorithms import OnPolicyConfig, RolloutConfig
 from .critic import Critic, critic_advantages
 from .diagnostics import rollout_statistics
 from .distributed import process_count, process_rank, together
 from .losses import LossConfig, live_tokens, loss_weights
 from echochamber.training.rollouts import (
-    GradesCompletions, Rollouts, align_rollouts, join_rollouts, pad_and_concatenate, prompt_order, rollouts_frame,
-    row_seeds, sample_and_grade)
+    GradesCompletions,
+    Rollouts,
+    align_rollouts,
+    join_rollouts,
+    pad_and_concatenate,
+    prompt_order,
+    rollouts_frame,
+    row_seeds,
+    sample_and_grade,
+)
 
-# %% ../../nbs/training/07_experience.ipynb #39ca818f
+# %% ../../nbs/training/07_experience.ipynb #1b8ca59b
 def apply_in_chunks(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor,
                     rows: int) -> torch.Tensor:
     "`function(tokens)` [N, ...] in fp32 on the CPU, computed where `network` lies, `rows` rows at a time."
@@ -53,7 +69,7 @@ def score_with_reference_and_critic(rollouts: Rollouts, config: RolloutConfig, r
         experience["values"] = apply_in_chunks(critic, lambda chunk: critic(chunk[:, :-1]), tokens, rows)
     return experience
 
-# %% ../../nbs/training/07_experience.ipynb #4362acb9
+# %% ../../nbs/training/07_experience.ipynb #4eefc5e9
 def completion_advantages(rewards: torch.Tensor, config: OnPolicyConfig, whiten_after_penalty: bool) -> torch.Tensor:
     "What each completion earns before any penalty: rewards [B, G] → [N], centred and scaled as the estimator does."
     if config.critic is not None:
@@ -100,7 +116,7 @@ def finish_experience(rollouts: Rollouts, experience: dict[str, torch.Tensor],
         metrics["explained_variance"] = variance.item()
     return experience, metrics
 
-# %% ../../nbs/training/07_experience.ipynb #563685c4
+# %% ../../nbs/training/07_experience.ipynb #718c39fd
 def row_ends(mask: torch.Tensor) -> torch.Tensor:
     "Place after the last live token of each row of `mask` [N, T] → [N]; 0 without one."
     return (mask * torch.arange(1, mask.shape[1] + 1)).amax(-1)
@@ -121,7 +137,7 @@ def split_micro_batches(batch: dict[str, torch.Tensor], size: int) -> list[dict[
 # %% ../../nbs/training/07_experience.ipynb #69b7d38a
 def split_experience(experience: dict[str, torch.Tensor], config: OnPolicyConfig, rollout: int,
                      rank: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of one process in the order of training, each trimmed to its longest row, weighted as parts of their step.
+    """Micro-batches of one process in the order of training, without padding, weighted as parts of their step.
 
     `experience`: tensors with N rows, with `ended` [N]; `rollout`: number of the rollout batch, part of the seed."""
     sizes, micro_batches = config.rollouts, []
@@ -139,7 +155,7 @@ def weighted_step(step: dict[str, torch.Tensor], config: LossConfig) -> dict[str
     "The rows of an optimiser step with the `weights` [N, T-1] of their tokens in its loss."
     return step | {"weights": loss_weights(live_tokens(step["mask"], step["ended"], config), config)}
 
-# %% ../../nbs/training/07_experience.ipynb #27ce855a
+# %% ../../nbs/training/07_experience.ipynb #f31c2a85
 def keep_for_people(rollouts: Rollouts, rollout: int, folder: Path, prompts: int = 4) -> None:
     "Write the samples of the first few prompts of a rollout batch to `folder/samples`."
     samples = len(rollouts.texts) // len(rollouts.questions)
@@ -148,7 +164,7 @@ def keep_for_people(rollouts: Rollouts, rollout: int, folder: Path, prompts: int
 
 # %% ../../nbs/training/07_experience.ipynb #1bebf564
 class RolloutData(L.LightningDataModule):
-    "On-policy experience: graded micro-batches drawn from the policy as it is being trained. Raises `StudyError` without questions."
+    "Micro-batches of experience, drawn from the policy as it is being trained. Raises `StudyError` without questions."
 
     def __init__(self, policy: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], grader: GradesCompletions,
                  config: OnPolicyConfig, folder: Path, reference: Decoder | None = None, critic: Critic | None = None):
@@ -170,17 +186,17 @@ class RolloutData(L.LightningDataModule):
             keep_for_people(rollouts, rollout, self.folder)
         return finish_experience(rollouts, experience, self.config)
 
-# %% ../../nbs/training/07_experience.ipynb #142eb61d
+# %% ../../nbs/training/07_experience.ipynb #f75de4d4
 def sample_share(data: RolloutData, rollout: int) -> Share:
-    "This process's share of rollout batch `rollout`: graded rollouts and their scores, in the precision of the trainer."
+    "This process's share of rollout batch `rollout`: graded rollouts and scores, in the precision of the trainer."
     config = data.config.rollouts
     order = prompt_order(rollout, config.prompts, len(data.questions), config.seed)
     seeds = row_seeds(config.seed, rollout, order)
     places = np.array_split(np.arange(config.prompts), process_count())[process_rank()]  # consecutive in the batch
     questions = [data.questions[order[place]] for place in places]
     with data.trainer.precision_plugin.forward_context() if data.trainer else nullcontext():
-        rollouts = sample_and_grade(data.policy, data.tokenizer, questions, config.samples, config.sampling, data.grader,
-                                    seeds=[seeds[place] for place in places])
+        rollouts = sample_and_grade(data.policy, data.tokenizer, questions, config.samples, config.sampling,
+                                    data.grader, seeds=[seeds[place] for place in places])
         started = time.perf_counter()
         experience = score_with_reference_and_critic(rollouts, config, data.reference, data.critic)
     rollouts.seconds["score"] = time.perf_counter() - started
@@ -188,7 +204,7 @@ def sample_share(data: RolloutData, rollout: int) -> Share:
 
 # %% ../../nbs/training/07_experience.ipynb #f62950b9
 class RolloutLoader:
-    "Sized iterable of micro-batches; starts where the trainer stands, and resumes inside a rollout batch from its state."
+    "Sized iterable of micro-batches that starts where the trainer stands, also inside a rollout batch."
 
     def __init__(self, data: RolloutData):
         self.data, self.current = data, None  # current: (rollout, experience, metrics)
@@ -203,8 +219,7 @@ class RolloutLoader:
         for position in range(self.data.trainer.global_step * self.accumulate, len(self)):
             rollout, offset = divmod(position, self.per_rollout)
             if self.current is None or self.current[0] != rollout:
-                self.current = (rollout, *self.data.make_experience(rollout))
-                micro_batches = None
+                self.current, micro_batches = (rollout, *self.data.make_experience(rollout)), None
             _, experience, metrics = self.current
             micro_batches = micro_batches or split_experience(experience, self.data.config, rollout, process_rank())
             yield micro_batches[offset] | {"rollout_metrics": metrics, "first_step": offset < self.accumulate}

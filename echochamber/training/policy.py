@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 
 from ..data.benchmarks import Question
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, log_probs_and_entropy
 from .algorithms import OnPolicyConfig
 from .critic import Critic
 from .diagnostics import StopConditions
 from .experience import RolloutData
 from .fitting import check_origin, fit, make_optimiser
 from .losses import policy_loss, value_loss
-from .rollouts import GradesCompletions, log_probs_and_entropy
+from .rollouts import GradesCompletions
 from .steps import WeightedLossModule
 
 # %% ../../nbs/training/09_policy.ipynb #ef64bbc6
@@ -58,8 +58,8 @@ def train_policy(policy: Decoder, tokenizer: Tokenizer, questions: Sequence[Ques
                  report: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
     """Train `policy` in place and return the history; continues from `folder` if it holds a resume point.
 
-    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when a stop condition is met,
-    a gradient is not finite, or `folder` belongs to a policy that began with other weights."""
+    Leaves a few completions of every rollout batch in `folder/samples`. Raises `StudyError` when a stop condition is
+    met, a gradient is not finite, or `folder` belongs to a policy that began with other weights."""
     check_origin(policy, folder)
     reference = deepcopy(policy).eval().requires_grad_(False) if config.loss.kl != "none" else None
     critic = Critic(policy) if config.critic else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GradesCompletions', 'Rollouts', 'sample_and_grade', 'rollouts_frame', 'pad_prompt_completion', 'align_rollouts',
-           'log_probs_and_entropy', 'prompt_order', 'row_seeds', 'pad_and_concatenate', 'join_rollouts']
+           'prompt_order', 'row_seeds', 'pad_and_concatenate', 'join_rollouts']
 
 # %% ../../nbs/training/04_rollouts.ipynb #a729f57b
 import time
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ..core import StudyError
 from ..data.benchmarks import Question
 from ..grading.answers import Grade
-from ..models.decoder import Decoder, meet_vocabulary
+from ..models.decoder import Decoder
 from ..models.generation import Completions, SamplingConfig, generate
 
 # %% ../../nbs/training/04_rollouts.ipynb #6d6c8cab
@@ -76,56 +76,45 @@ def rollouts_frame(rollouts: Rollouts, **columns) -> pd.DataFrame:
         "tokens": rollouts.completions.lengths.tolist(), "ended": rollouts.completions.ended.tolist(), **columns})
 
 # %% ../../nbs/training/04_rollouts.ipynb #bafc39c3
-def pad_prompt_completion(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    "`tokens [N, T]`, padded with 0, and `mask [N, T-1]` of rows that are a prompt followed by a completion."
+def pad_prompt_completion(prompts: Sequence[Sequence[int]],
+                          completions: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """`tokens [N, T]`, padded with 0, and `mask [N, T-1]` of rows that are a prompt followed by a completion.
+
+    Raises `StudyError` for an empty prompt."""
     if not all(prompts):
-        raise StudyError("a prompt is empty, and nothing predicts the first token of its completion; give every row a question")
-    lengths = [(len(prompt), len(prompt) + len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
-    tokens = torch.zeros(len(lengths), max(end for _, end in lengths), dtype=torch.long)  # [N, T]
+        raise StudyError("a prompt is empty, and nothing predicts the first token of its completion; "
+                         "give every row a question")
+    starts = [len(prompt) for prompt in prompts]
+    ends = [start + len(completion) for start, completion in zip(starts, completions, strict=True)]
+    tokens = torch.zeros(len(ends), max(ends), dtype=torch.long)  # [N, T]
     mask = torch.zeros(tokens.shape[0], tokens.shape[1] - 1, dtype=torch.bool)  # [N, T-1]
-    for row, (start, end) in enumerate(lengths):
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         tokens[row, :end] = torch.tensor([*prompts[row], *completions[row]])
         mask[row, start - 1 : end - 1] = True
     return {"tokens": tokens, "mask": mask}
 
-
+# %% ../../nbs/training/04_rollouts.ipynb #9ec345b4
 def align_rollouts(rollouts: Rollouts) -> dict[str, torch.Tensor]:
     "`tokens [N, T]`, `mask [N, T-1]`, `behaviour_log_probs [N, T-1]` and `ended [N]` of every rollout."
     completions, samples = rollouts.completions, len(rollouts.texts) // len(rollouts.prompts)
     prompts = [prompt for prompt in rollouts.prompts for _ in range(samples)]
-    written = [row[:length] for row, length in zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)]
-    aligned = pad_prompt_completion(prompts, written)
+    lengths = completions.lengths.tolist()
+    token_lists = [row[:length] for row, length in zip(completions.tokens.tolist(), lengths, strict=True)]
+    aligned = pad_prompt_completion(prompts, token_lists)
     log_probs = torch.zeros(aligned["mask"].shape)  # [N, T-1]
     log_probs[aligned["mask"]] = completions.log_probs[completions.written]  # row by row, in the same order
     return aligned | {"behaviour_log_probs": log_probs, "ended": completions.ended}
 
-# %% ../../nbs/training/04_rollouts.ipynb #6c756b0e
-def log_probs_and_entropy(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor,
-                          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of the next token and entropy of its prediction [nats] where `mask` holds, else 0; both `[N, T-1]`, fp32.
-
-    The vocabulary is only met at the M positions that count. Entropy has no gradient."""
-    def log_prob_and_entropy(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        log_probs = (decoder.logits(hidden).float() / temperature).log_softmax(-1)  # [M, V]
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [M]
-        return torch.stack([log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy], -1)  # [M, 2]
-
-    hidden, targets = decoder.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask]  # [M, D], [M]
-    judged = meet_vocabulary(log_prob_and_entropy, hidden, targets, decoder.config.vocab_size)  # [M, 2]
-    nothing = torch.zeros(mask.shape, device=tokens.device)  # [N, T-1]
-    return tuple(nothing.masked_scatter(mask, column) for column in judged.unbind(-1))
-
 # %% ../../nbs/training/04_rollouts.ipynb #c058dbd3
 def prompt_order(rollout: int, prompts: int, questions: int, seed: int) -> list[int]:
-    "Indices of the B = `prompts` prompts of rollout batch `rollout`: consecutive pieces of one permutation per episode."
+    "Indices of the B = `prompts` prompts of rollout batch `rollout`: consecutive parts of one permutation per episode."
     positions = np.arange(rollout * prompts, (rollout + 1) * prompts)
     episodes = {e: np.random.default_rng((seed, e)).permutation(questions) for e in set(positions // questions)}
     return [int(episodes[position // questions][position % questions]) for position in positions]
 
 # %% ../../nbs/training/04_rollouts.ipynb #2fa0cdc5
 def row_seeds(seed: int, rollout: int, questions: Sequence[int]) -> list[int]:
-    "One seed per question of rollout batch `rollout`; a question that occurs again (at an episode's border) gets another."
+    "One seed per question of a rollout batch; a question that occurs again (at an episode's border) gets another."
     occurrences: Counter[int] = Counter()
     seeds = []
     for question in questions:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Part', 'step_metrics', 'sampler_gap', 'LoggedModule', 'WeightedLossModule']
 
-# %% ../../nbs/training/08_steps.ipynb #d9240b5c
+# %% ../../nbs/training/08_steps.ipynb #b48439be
 import time
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from .distributed import gather, process_count
 from .fitting import FitConfig, make_optimiser
 from .losses import combine_statistics, mean_statistics
 
-# %% ../../nbs/training/08_steps.ipynb #4a6af79f
+# %% ../../nbs/training/08_steps.ipynb #cbdd5c22
 Part = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # losses by name, sums of statistics; all scalars
 
 
@@ -35,7 +35,7 @@ def sampler_gap(metrics: dict[str, float], first_step: bool) -> dict[str, float]
 
 # %% ../../nbs/training/08_steps.ipynb #94e81114
 class LoggedModule(L.LightningModule):
-    "Clips each network's gradient by itself (`StudyError` if it is not finite); logs every step from the sums of its parts."
+    "Clips the gradient of each network by itself, logs each step once. Raises `StudyError` if one is not finite."
 
     def __init__(self, networks: dict[str, torch.nn.Module], config: FitConfig):
         super().__init__()
@@ -47,8 +47,8 @@ class LoggedModule(L.LightningModule):
         for name, network in self.networks.items():
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.optimiser.clip_norm)
             if not torch.isfinite(norm):
-                raise StudyError(f"the gradient of the {name} is {norm.item()} after step {self.global_step}; lower the "
-                                 "learning rate, the metrics up to here show what grew")
+                raise StudyError(f"the gradient of the {name} is {norm.item()} after step {self.global_step}; lower "
+                                 "the learning rate, the metrics up to here show what grew")
             self.log("gradient_norm" if name == "policy" else f"gradient_norm_{name}", norm)
 
     def optimizer_step(self, epoch, batch_index, optimizer, closure):
@@ -59,6 +59,11 @@ class LoggedModule(L.LightningModule):
         seconds, self.parts = time.perf_counter() - self.started, []
         metrics |= {"seconds_train": seconds, "tokens_per_second_train": metrics["tokens"] / seconds}
         self.log_dict(metrics | {"learning_rate": optimizer.param_groups[0]["lr"]})
+
+# %% ../../nbs/training/08_steps.ipynb #41590733
+def on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The same values without their gradient, where they can be gathered."
+    return {name: value.detach().cpu() for name, value in values.items()}
 
 # %% ../../nbs/training/08_steps.ipynb #eb9eeba2
 class WeightedLossModule(LoggedModule):
@@ -72,7 +77,7 @@ class WeightedLossModule(LoggedModule):
         if not self.parts:
             self.started = time.perf_counter()
         losses, statistics = self.compute_loss(batch)
-        self.parts.append(tuple({name: value.detach().cpu() for name, value in part.items()} for part in (losses, statistics)))
+        self.parts.append((on_cpu(losses), on_cpu(statistics)))
         self.rollout_metrics, self.first_step = batch.get("rollout_metrics", {}), batch.get("first_step", False)
         return sum(losses.values()) * self.config.accumulate * process_count()
 

@@ -25,12 +25,12 @@ from ..data.corpora import SourceConfig
 from ..data.formats import document, render_solution
 from ..data.problems import Problem
 from ..data.tokens import rows_at
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, log_probs_and_entropy
 from .distributed import process_rank
 from .experience import split_micro_batches
 from .fitting import FitConfig, OptimiserConfig, fit
 from .losses import LossConfig, loss_weights, sft_loss
-from .rollouts import log_probs_and_entropy, pad_prompt_completion
+from .rollouts import pad_prompt_completion
 from .steps import WeightedLossModule
 
 # %% ../../nbs/training/10_supervised.ipynb #97d57c91
@@ -89,8 +89,9 @@ def fit_config(config: SupervisedConfig, examples: int) -> FitConfig:
     steps = config.steps(examples)
     optimiser = OptimiserConfig(learning_rate=config.learning_rate, weight_decay=0.0, horizon=steps,
                                 warmup=min(round(config.warmup_fraction * steps), steps - 1))
-    return FitConfig(optimiser=optimiser, steps=steps, accumulate=config.batch // (config.micro_batch * config.processes),
-                     precision=config.precision, checkpoint_every=config.checkpoint_every, processes=config.processes)
+    return FitConfig(optimiser=optimiser, steps=steps, precision=config.precision, processes=config.processes,
+                     accumulate=config.batch // (config.micro_batch * config.processes),
+                     checkpoint_every=config.checkpoint_every)
 
 # %% ../../nbs/training/10_supervised.ipynb #397919ae
 class ExampleData(L.LightningDataModule):
@@ -108,7 +109,7 @@ class ExampleData(L.LightningDataModule):
         config, rank = self.config, process_rank()
         chosen = rows_at(step * config.batch, (step + 1) * config.batch, len(self.examples), config.seed)
         examples = sorted((self.examples[row] for row in chosen), key=lambda one: len(one.prompt) + len(one.completion))
-        batch = pad_prompt_completion([example.prompt for example in examples], [example.completion for example in examples])
+        batch = pad_prompt_completion([one.prompt for one in examples], [one.completion for one in examples])
         weighted = batch | {"weights": loss_weights(batch["mask"], LossConfig(normaliser="token"))}
         return split_micro_batches(weighted, config.micro_batch)[rank :: config.processes]
 

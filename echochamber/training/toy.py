@@ -6,7 +6,7 @@
 __all__ = ['TOY_SIZES', 'COUNTS', 'ToyGrader', 'toy_task', 'ToyRun', 'CatchNetworks', 'run_toy', 'Killed', 'KillAt', 'identical',
            'all_moved', 'same_run', 'reward_rises', 'check_moves', 'kill', 'check_algorithm']
 
-# %% ../../nbs/training/09_toy.ipynb #65b6dcfc
+# %% ../../nbs/training/09_toy.ipynb #c285927b
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class ToyGrader:
         first = completion[:1]
         if not first.isdigit():
             return Grade("other", None, "no_answer", True)
-        return Grade("tinygsm" if int(first) % 2 == 0 else "omi1", first, "correct" if first == answer else "wrong", True)
+        outcome = "correct" if first == answer else "wrong"
+        return Grade("tinygsm" if int(first) % 2 == 0 else "omi1", first, outcome, True)
 
 
 def toy_task(width: int = 16) -> tuple[Decoder, Tokenizer, list[Question], GradesCompletions]:
@@ -48,7 +49,7 @@ def toy_task(width: int = 16) -> tuple[Decoder, Tokenizer, list[Question], Grade
     decoder = Decoder(DecoderConfig(vocab_size=len(vocabulary), width=width, layers=2, heads=2, context=16))
     return decoder, tokenizer, [Question(str(digit), str(digit)) for digit in range(10)], ToyGrader()
 
-# %% ../../nbs/training/09_toy.ipynb #4bfebfe4
+# %% ../../nbs/training/09_toy.ipynb #3501b45a
 TOY_SIZES = dict(prompts=10, samples=8, train_batch=40, micro_batch=20, max_new_tokens=2, temperature=1.0,
                  learning_rate=1e-2, precision="32-true", checkpoint_every=3)
 
@@ -67,7 +68,7 @@ class CatchNetworks(L.Callback):
     def on_fit_start(self, trainer, module):
         self.reference, self.critic = trainer.datamodule.reference, trainer.datamodule.critic
 
-# %% ../../nbs/training/09_toy.ipynb #34b0d785
+# %% ../../nbs/training/09_toy.ipynb #c1618b66
 def run_toy(config: OnPolicyConfig, folder: Path | None = None, callbacks: Sequence[L.Callback] = (),
             report: Callable[[int, int, str], None] | None = None) -> ToyRun:
     "Train on the toy task, in `folder` (which may hold a resume point) or a temporary one."
@@ -79,7 +80,7 @@ def run_toy(config: OnPolicyConfig, folder: Path | None = None, callbacks: Seque
     history = train_policy(policy, tokenizer, questions, grader, config, Path(folder), [*callbacks, networks], report)
     return ToyRun(policy, history, networks.reference, networks.critic)
 
-# %% ../../nbs/training/09_toy.ipynb #99df4a46
+# %% ../../nbs/training/09_toy.ipynb #619a0e48
 class Killed(Exception):
     "Stands for SIGKILL inside a notebook."
 
@@ -93,7 +94,7 @@ class KillAt:
         if done >= self.done:
             raise Killed(f"killed after {done} of {total}")
 
-# %% ../../nbs/training/09_toy.ipynb #7474d99f
+# %% ../../nbs/training/09_toy.ipynb #60d9ebbe
 def identical(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     "Whether all parameters agree bit by bit."
     return all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
@@ -110,7 +111,7 @@ def same_run(one: ToyRun, other: ToyRun) -> bool:
     critics = one.critic is None or identical(one.critic, other.critic)
     return identical(one.policy, other.policy) and critics and one.history[timeless].equals(other.history[timeless])
 
-# %% ../../nbs/training/09_toy.ipynb #00f285dc
+# %% ../../nbs/training/09_toy.ipynb #1a8edcc7
 def reward_rises(history: pd.DataFrame, by: float = 0.15) -> bool:
     "Whether the mean reward of the last three steps is more than `by` over that of the first three."
     return history.reward[-3:].mean() > history.reward[:3].mean() + by
@@ -133,13 +134,13 @@ def kill(train: Callable[..., ToyRun], config, folder: Path, done: int) -> None:
         return
     raise AssertionError(f"the training ended before {done} was done; kill it earlier")
 
-# %% ../../nbs/training/09_toy.ipynb #de784405
+# %% ../../nbs/training/09_toy.ipynb #fee1fac5
 COUNTS = {"step", "round", "kept"}  # columns of a history that count instead of measuring
 
 
-def check_algorithm(config, train: Callable[..., ToyRun] = run_toy, learns: Callable[[pd.DataFrame], bool] = reward_rises,
-                    kill_after: int = 10) -> ToyRun:
-    """Train on the toy task and return the run; an `AssertionError` names the clause of the contract that does not hold.
+def check_algorithm(config, train: Callable[..., ToyRun] = run_toy,
+                    learns: Callable[[pd.DataFrame], bool] = reward_rises, kill_after: int = 10) -> ToyRun:
+    """Train on the toy task and return the run; an `AssertionError` names the clause of the contract that is broken.
 
     `train(config, folder, report=None)`: how; the default takes an `OnPolicyConfig`. `learns(history)`: what counts as
     learning. `kill_after`: when the third training is killed, in what `report` counts (optimiser steps)."""
