@@ -102,7 +102,7 @@ class Tables:
     seeds = property(lambda self: sorted(self.evaluation.seed.unique().tolist()))
     problems = property(lambda self: self.evaluation.problem.nunique())
     samples = property(lambda self: self.evaluation.loc[self.evaluation["mode"] == "sampled", "sample"].nunique())
-    one_pretraining = property(lambda self: self.evaluation.groupby("condition").pretraining_seed.nunique().min() == 1)
+    one_pretraining = property(lambda self: 1 in self.evaluation.groupby("condition").pretraining_seed.nunique().array)
 
     def sign(self, figure, *notes: str) -> str:
         "Write under a figure what it rests on, and return it."
@@ -273,7 +273,8 @@ def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, M
         return ""
     shipped = results.rows(condition, step)
     narrow = shipped.pretraining_seed.nunique() < shipped.seed.nunique()
-    values = {name: [seed_values(rows, metric, results.ks) for rows in (own, shipped)] for name, metric in metrics.items()}
+    values = {name: [seed_values(rows, metric, results.ks) for rows in (own, shipped)]
+              for name, metric in metrics.items()}
     said = [f"{name} {place_of(*pair, results.problems, narrow)}" for name, pair in values.items()]
     if narrow:
         said.append("the shipped seeds share one pretraining, and pretrainings differ more than that, so their spread "
