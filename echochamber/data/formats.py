@@ -9,8 +9,8 @@ __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADE
            'replace_operation', 'err', 'distinct', 'assignments', 'render_tinygsm', 'render_omi1', 'render_omi2',
            'render_solution', 'document', 'statement_ends', 'read_statement', 'does_something', 'bound_names', 'Code',
            'find_code', 'statements', 'needs_arguments', 'own_call', 'final_call', 'fenced', 'fences', 'code_blocks',
-           'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed', 'parse_program', 'parse_text',
-           'parse_completion', 'recognise']
+           'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed', 'parse_program', 'defines_function',
+           'parse_text', 'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -192,7 +192,8 @@ def read_statement(header: str) -> ast.stmt | None:
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a02
 HEADER = re.compile(r"(?:async )?def [^\W\d][\w\\]{0,99}+ ?\(")
-OPENING = re.compile(r"""[@"'(\[]|[^\W\d][\w.\\]*+(?:$|[ ]?[(\[=:+*/,-]|[ ][^\W\d"'(\[{])""", re.MULTILINE)  # what code may open with
+OPENING = re.compile(r"""[@"'(\[]|[^\W\d][\w.\\]*+(?:$|[ ]?[(\[=:+*/,-]|[ ][^\W\d"'(\[{])""",
+                     re.MULTILINE)  # what code may open with
 CALL = re.compile(r"(?:await )?[\w.]+\(")
 PRINT = re.compile(r"print\(")
 
@@ -214,7 +215,8 @@ def bound_names(statement: ast.stmt) -> frozenset[str]:
     "The names that a statement binds."
     if hasattr(statement, "name"):
         return frozenset({statement.name})
-    return frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name)
+                     and isinstance(node.ctx, ast.Store))
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a05
 @dataclass
@@ -250,6 +252,8 @@ def find_code(text: str) -> Code | None:
                 header_end, end = statement_ends(text, position)
                 header = text[position:header_end]
                 statement = read_statement(header.strip())
+            if code and isinstance(statement, ast.FunctionDef) and statement.name in code.names:
+                break  # the same function once more: the text goes on with another question
             if sure or statement is not None and does_something(statement, header, code.names if code else set()):
                 code = code or Code(position)
                 code.add(statement, header, end)
@@ -290,7 +294,7 @@ def own_call(code: str, functions: Sequence[str]) -> str | None:
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a09
 def final_call(cells: Sequence[str]) -> str | None:
-    "What is added to a program to get its answer: a call, a name, `\"\"` if it shows its answer itself; `None` without function."
+    "What asks a program for its answer: a call, a name, nothing if it shows it; `None` if it defines no function."
     functions = {statement.name: needs_arguments(statement) for cell in cells if "def " in cell
                  for statement, _ in statements(cell) if isinstance(statement, ast.FunctionDef)}
     if not functions:
@@ -352,7 +356,7 @@ BRACE = re.compile(r"(?:\\boxed|\\fbox|\x08oxed)\s*+\{|\\.|[{}]", re.DOTALL)  # 
 
 
 def last_box(text: str) -> tuple[str | None, str]:
-    "The content of the last `\\boxed{…}` (`None` without one or if it never ends), and the text that begins with the last one."
+    "The content of the last `\\boxed{…}` (`None` without one, or if it never ends), and the text that begins there."
     opened: list[int | None] = []  # where the content of each open box starts; None for a plain brace
     found, boxes = None, "oxed" in text or "\\fbox" in text
     for brace in BRACE.finditer(text) if boxes else ():
@@ -372,7 +376,8 @@ MATH = re.compile(r"\$\$?([^$\n]+)\$\$?(?![0-9])|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)
 EXPRESSION = re.compile(r"[-+−–±~]?\s*(?:[0-9.½-¾⅐-⅞({\[√|０-９\\$€£¥₹]|(?:[A-Z]{1,3}|Rs\.?) ?\\?\$?[0-9]"
                         r"|[A-Za-z](?=\s*[=^*/+(_-]|\W?$)|sqrt|pi\b)")
 TURN = re.compile(r"(?P<turn>[.!?;](?=\s|$)|,(?=\s+[^\s0-9$\\({-])|\s\((?=[^)\n]*[a-z]{2})|\s[—–-]\s(?=[a-z])|\n"
-                  r"|\s(?:because|since|as|so|which|when|where|if|but|after|before|for|with|from|that|at|in|on|of|by|while)\b"
+                  r"|\s(?:because|since|as|so|which|when|where|if|but|after|before|for|with|from"
+                  r"|that|at|in|on|of|by|while)\b"
                   r"|\sand(?!\s+\$?[0-9]))|[(\[{][^()\[\]{}\n]{0,200}[)\]}]")
 LONGEST_PHRASE = 200  # characters
 
@@ -426,14 +431,14 @@ NEXT_QUESTION = re.compile(r"\n[ \t]*(?:#{2,6} ?|\*\*|<\|?)?(?:Question|Problem|
 
 @dataclass(frozen=True)
 class Parsed:
-    "A completion taken apart: its format, the cells of the program in it (none: no program) and the prose outside of that."
+    "A completion taken apart: its format, the cells of its program (none: no program) and the prose outside of that."
     format: str
     cells: tuple[str, ...]
     prose: str
     call: str | None = None  # what the program still has to be asked; "": nothing, None: it defines no function
     runs_on: bool = False    # whether the text went on into another question
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a19
 def parse_program(text: str) -> tuple[list[str], str, bool]:
     "The cells of the program in a text, the prose around it, and whether the text opens with a program."
     cells, prose, opens = [], [], False
@@ -442,7 +447,8 @@ def parse_program(text: str) -> tuple[list[str], str, bool]:
         if code or language == "python":
             before = content[:code.start] if code else ""
             if not cells:
-                opens = not "".join([*prose, *(line for line in before.split("\n") if not line.startswith("#"))]).strip()
+                opens = not "".join([*prose, *(line for line in before.split("\n")
+                                               if not line.startswith("#"))]).strip()
             cells.append((content[code.start:code.end] if code else content).strip("\n"))
             prose += [before, content[code.end:]] if code else []
         elif language == "prose":
@@ -450,22 +456,29 @@ def parse_program(text: str) -> tuple[list[str], str, bool]:
     return cells, "\n".join(prose), opens
 
 # %% ../../nbs/data/01_formats.ipynb #f06cff08
+def defines_function(text: str) -> bool:
+    "Whether a line of a text looks like the header of a function."
+    return re.search(rf"^{HEADER.pattern}", text, re.MULTILINE) is not None
+
+
 def parse_text(text: str) -> Parsed:
     "Recognise the format of a completion that answers one question."
-    if len(text) > LONGEST_PROGRAM and re.search(rf"(?m)^{HEADER.pattern}", text):
+    if len(text) > LONGEST_PROGRAM and defines_function(text):
         return Parsed("tinygsm" if HEADER.match(text) else "other", (text,), "", "")
     blocks, outside = code_blocks(text) if "<llm-code>" in text else ([], "")
     if blocks and find_code(text[:text.index("<llm-code>")]) is None:
         return Parsed("omi1", tuple(blocks), outside)
     cells, prose, opens = parse_program(text) if len(text) <= LONGEST_PROGRAM else ([], text, False)
     call = final_call(cells)
-    if opens and (call is not None or any(re.search(rf"(?m)^{HEADER.pattern}", cell) for cell in cells)):
-        return Parsed("other", tuple(cells), "") if call is None else Parsed("tinygsm", tuple(cells), prose, call)
+    if opens and call is not None:
+        return Parsed("tinygsm", tuple(cells), prose, call, runs_on=defines_function(prose))
+    if opens and any(map(defines_function, cells)):  # a header that does not parse
+        return Parsed("other", tuple(cells), "")
     if stated_answer(prose):
         return Parsed("omi2", (), prose)
     return Parsed("other", tuple(cells), prose, call)
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a21
 def parse_completion(completion: str) -> Parsed:
     "Recognise the format of a completion by its shape. Never raises, whatever the text; linear time."
     text = completion.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")

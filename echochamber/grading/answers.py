@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBER_IN_TEXT', 'FLOAT', 'SEPARATOR', 'FLOAT_INSIDE', 'OUTCOMES', 'last_number', 'prose_answer', 'round_float',
            'read_value', 'read_shown', 'printed_answer', 'program_answer', 'GraderConfig', 'Grade', 'runnable',
-           'read_gold', 'answer_of', 'grade_parsed', 'Grader', 'grade_frame', 'outcome_table']
+           'read_gold', 'answer_of', 'grade_parsed', 'Equality', 'Grader', 'grade_frame', 'outcome_table']
 
 # %% ../../nbs/grading/03_answers.ipynb #3b3b76d3
 import math
@@ -67,7 +67,8 @@ def read_shown(text: str) -> str:
         return text[1:-1]
     if re.fullmatch(r"\{.*,.*\}", text):
         return rf"\{text[:-1]}\}}"
-    return ", ".join(re.split(SEPARATOR, text)) if re.fullmatch(rf"[-+]?{NUMERAL}(?:{SEPARATOR}[-+]?{NUMERAL})+", text) else text
+    row = re.fullmatch(rf"[-+]?{NUMERAL}(?:{SEPARATOR}[-+]?{NUMERAL})+", text)
+    return ", ".join(re.split(SEPARATOR, text)) if row else text
 
 # %% ../../nbs/grading/03_answers.ipynb #6f7b0001
 def printed_answer(output: str) -> str | None:
@@ -123,9 +124,8 @@ def runnable(parsed: Parsed) -> list[str]:
 def read_gold(answer: str, extracted: str | None = None) -> str:
     "The gold answer without GSM8K's worked solution; a fraction as a float would show it if a float was extracted."
     answer = answer.rsplit("####", 1)[-1].strip()
-    if not FLOAT.fullmatch(extracted or "") or (number := parse_number(answer, symbols=False)) is None or abs(number) > 2**53:
-        return answer
-    return read_value(repr(float(number)))
+    number = parse_number(answer, symbols=False) if FLOAT.fullmatch(extracted or "") else None
+    return answer if number is None or abs(number) > 2**53 else read_value(repr(float(number)))
 
 # %% ../../nbs/grading/03_answers.ipynb #8d4d3249
 def answer_of(parsed: Parsed, result: ProgramResult | None) -> tuple[str | None, bool]:
@@ -148,16 +148,31 @@ def grade_parsed(parsed: Parsed, result: ProgramResult | None, gold: str, equal:
     return Grade(parsed.format, extracted, "correct" if correct else "wrong", strict, parsed.runs_on)
 
 # %% ../../nbs/grading/03_answers.ipynb #d4d3863f
-class Grader:
+class Equality:
+    "The comparison of answers with gold answers, audited if asked for."
+
+    def __init__(self, config: GraderConfig):
+        self.config = config
+        self.judge = LatexJudge(config.latex_seconds, config.latex_memory_mb)
+        self.audited, self.disagreements = 0, []  # numbers asked twice; (answer, gold, exact verdict) in dispute
+
+    def equal(self, answer: str, gold: str) -> bool:
+        "Whether an answer has the value of the gold answer."
+        if self.config.audit and (exact := same_number(answer, gold)) is not None:
+            self.audited += 1
+            if self.judge(gold, answer) != exact:
+                self.disagreements.append((answer, gold, exact))
+        return same_answer(answer, gold, self.judge)
+
+# %% ../../nbs/grading/03_answers.ipynb #6f7b0007
+class Grader(Equality):
     """Grade completions: `with Grader() as grader: grades = grader.grade(completions, answers)`.
 
     Raises `StudyError` if the sandbox or the LaTeX judge does not start."""
 
     def __init__(self, config: GraderConfig | None = None):
-        self.config = config = config or GraderConfig()
-        self.sandbox = Sandbox(config.sandbox)
-        self.judge = LatexJudge(config.latex_seconds, config.latex_memory_mb)
-        self.audited, self.disagreements = 0, []  # numbers asked twice; (answer, gold, exact verdict) in dispute
+        super().__init__(config or GraderConfig())
+        self.sandbox = Sandbox(self.config.sandbox)
 
     def __enter__(self) -> "Grader":
         self.sandbox.__enter__()
@@ -174,17 +189,9 @@ class Grader:
         return [grade_parsed(each, next(results) if each.cells else None, gold, self.equal)
                 for each, gold in zip(parsed, answers, strict=True)]
 
-    def equal(self, answer: str, gold: str) -> bool:
-        "The verdict, audited if asked for."
-        if self.config.audit and (exact := same_number(answer, gold)) is not None:
-            self.audited += 1
-            if self.judge(gold, answer) != exact:
-                self.disagreements.append((answer, gold, exact))
-        return same_answer(answer, gold, self.judge)
-
 # %% ../../nbs/grading/03_answers.ipynb #8972d676
 def grade_frame(frame: pd.DataFrame, grader: Grader) -> pd.DataFrame:
-    "The frame [rows, columns], `completion` and `answer` among them, with `format, extracted, outcome, strict` appended."
+    "The frame with `format, extracted, outcome, strict` appended; it has columns `completion` and `answer`."
     grades = grader.grade(frame["completion"].tolist(), frame["answer"].tolist())
     return frame.assign(**{field: [getattr(grade, field) for grade in grades]
                            for field in ("format", "extracted", "outcome", "strict")})

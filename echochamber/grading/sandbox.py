@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'LONGEST_SEQUENCE', 'BRACKETS', 'UNSUPPORTED', 'ROUND', 'IS_INTEGER', 'GRACE', 'SandboxConfig',
            'ProgramResult', 'shorten', 'value_text', 'failure_status', 'IsInteger', 'bridge', 'session_options',
-           'run_cell', 'run_cells', 'run_program', 'silent_launcher', 'Sandbox']
+           'run_cell', 'run_cells', 'run_program', 'silent_launcher', 'start_workers', 'Workers', 'Sandbox']
 
 # %% ../../nbs/grading/00_sandbox.ipynb #1dbe66ee
 import ast
@@ -20,6 +20,8 @@ import math
 import os
 import random
 import re
+
+# %% ../../nbs/grading/00_sandbox.ipynb #3a7c10ee
 import shlex
 import sys
 import tempfile
@@ -55,7 +57,7 @@ STATUSES = ("ok", "error", "timeout", "unsupported")
 
 @dataclass(frozen=True, slots=True)
 class ProgramResult:
-    "How a program ended; `value` (of the last expression) and `output` of the last cell that showed any; why it failed."
+    "How a program ended; `value` of the last expression and `output` of the last cell that showed any; why it failed."
     status: str
     value: str | None = None
     output: str = ""
@@ -86,9 +88,11 @@ def value_text(value, limit: int, depth: int = 2) -> str | None:
     return f"<{type(value).__name__}>"
 
 # %% ../../nbs/grading/00_sandbox.ipynb #3a7c10e1
-MODULES = {module.__name__: module for module in (builtins, collections, datetime, decimal, functools, itertools, json, math,
+MODULES = {module.__name__: module for module in (builtins, collections, datetime, decimal, functools, itertools, json,
+                                                  math,
                                                   os, random, re, sys, time, types, typing)}
-MISSING = re.compile(r"(?:NameError: name|ImportError: cannot import name|AttributeError: module '(?P<module>\w+)' has no attribute"
+MISSING = re.compile(r"(?:NameError: name|ImportError: cannot import name"
+                     r"|AttributeError: module '(?P<module>\w+)' has no attribute"
                      r"|AttributeError: (?:type object )?'(?P<type>\w+)'(?: object)? has no attribute)"
                      r" '(?P<name>\w+)'(?: from '(?P<source>\w+)')?")
 
@@ -198,7 +202,7 @@ def run_program(program: str | Sequence[str], pool: Monty, config: SandboxConfig
 
 # %% ../../nbs/grading/00_sandbox.ipynb #3a7c10ea
 def silent_launcher(folder: str | Path) -> Path:
-    "A script in `folder` that becomes the interpreter, with standard error closed; the interpreter itself where no script may run."
+    "A script in `folder` that becomes the interpreter without standard error; the interpreter where no script may run."
     binary, script = Path(find_monty_binary()), Path(folder) / "monty"
     if not os.access(binary, os.X_OK):
         raise FileNotFoundError(f"{binary} cannot be run")
@@ -210,10 +214,18 @@ def silent_launcher(folder: str | Path) -> Path:
 GRACE = 0.25  # seconds between a program's time limit and the end of its worker
 
 
-class Sandbox:
-    """A pool of isolated interpreters: `with Sandbox() as sandbox: results = sandbox.run(programs)`.
+def start_workers(config: SandboxConfig, folder: str) -> Monty:
+    "A pool of interpreters, started by a script in `folder`. Raises `StudyError` if they do not start."
+    try:
+        pool = Monty(binary_path=silent_launcher(folder), min_processes=config.workers, max_processes=config.workers,
+                     feed_duration_limit_grace=GRACE, request_timeout=config.seconds + 2 * GRACE)
+        return pool.__enter__()
+    except (FileNotFoundError, RuntimeError) as error:
+        raise StudyError(f"the sandbox does not start ({error}); reinstall pydantic-monty==1.4.0") from None
 
-    Raises `StudyError` if the interpreter does not start."""
+# %% ../../nbs/grading/00_sandbox.ipynb #3a7c10ed
+class Workers:
+    "The interpreters of a sandbox, with a thread for each."
 
     def __init__(self, config: SandboxConfig | None = None):
         self.config = config or SandboxConfig()
@@ -225,18 +237,17 @@ class Sandbox:
     @cached_property
     def pool(self) -> Monty:
         "Started by the first program, in the process that runs it: a forked process cannot use its parent's workers."
-        config = self.config
-        try:
-            pool = Monty(binary_path=silent_launcher(self.folder.name), min_processes=config.workers,
-                         max_processes=config.workers, feed_duration_limit_grace=GRACE,
-                         request_timeout=config.seconds + 2 * GRACE)
-            return pool.__enter__()
-        except (FileNotFoundError, RuntimeError) as error:
-            raise StudyError(f"the sandbox does not start ({error}); reinstall pydantic-monty==1.4.0") from None
+        return start_workers(self.config, self.folder.name)
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.config.workers, thread_name_prefix="sandbox")
+
+
+class Sandbox(Workers):
+    """A pool of isolated interpreters: `with Sandbox() as sandbox: results = sandbox.run(programs)`.
+
+    Raises `StudyError` if the interpreter does not start."""
 
     def __enter__(self) -> "Sandbox":
         return self

@@ -20,11 +20,14 @@ from functools import lru_cache
 from .latex import LatexJudge
 
 # %% ../../nbs/grading/02_values.ipynb #4c5e0001
-CHARACTERS = {"−": "-", "–": "-", "—": "-", "‒": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
-              "√": r"\sqrt ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "∪": r"\cup ", "º": "°",
+CHARACTERS = {"−": "-", "–": "-", "—": "-", "‒": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
+              "⁄": "/", "∕": "/",
+              "√": r"\sqrt ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "∪": r"\cup ",
+              "º": "°",
               "℃": "°C", "℉": "°F", "’": "'"}
 CHARACTERS |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}                          # full width
-CHARACTERS |= {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0x1D7CE, 0x1D800)}  # bold, double …
+CHARACTERS |= {chr(code): unicodedata.normalize("NFKC", chr(code))
+               for code in range(0x1D7CE, 0x1D800)}  # bold, double …
 CHARACTERS |= {c: " " + unicodedata.normalize("NFKC", c).replace("⁄", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 CHARACTERS |= dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad", "")                      # invisible
 TRANSLATION = str.maketrans(CHARACTERS)
@@ -42,12 +45,14 @@ def plain_characters(text: str) -> str:
 BODY = r"[^{}\\]*+"
 for _ in range(3):  # arguments with braces, three levels deep
     BODY = rf"(?:[^{{}}\\]++|\\.|\{{{BODY}\}})*+"
-DRESS = re.compile(rf"\\(?:text(?:bf|it|rm|tt|sf|normal|up)?|[mhf]box|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|pmb|emph"
-                   rf"|underline|boxed|operatorname|ensuremath)\*?\s*\{{({BODY})\}}", re.DOTALL)
-ANNOTATED = re.compile(rf"\\(?:(?:text)?color(?:box)?|underset|overset|stackrel)\s*(?:\[[^\]]*\])?\s*\{{{BODY}\}}\s*\{{({BODY})\}}"
+DRESS = re.compile(rf"\\(?:text(?:bf|it|rm|tt|sf|normal|up)?|[mhf]box|math(?:rm|bf|it|sf|tt|normal)"
+                   rf"|boldsymbol|bm|pmb|emph|underline|boxed|operatorname|ensuremath)\*?\s*\{{({BODY})\}}", re.DOTALL)
+ANNOTATED = re.compile(r"\\(?:(?:text)?color(?:box)?|underset|overset|stackrel)\s*(?:\[[^\]]*\])?\s*"
+                       rf"\{{{BODY}\}}\s*\{{({BODY})\}}"
                        rf"|\\(?:under|over)brace\s*\{{({BODY})\}}(?:\s*[_^]\s*(?:\{{{BODY}\}}|\w))?", re.DOTALL)
 HIDDEN = re.compile(rf"\\(?:[hv]?phantom|[bx]?cancel|sout|hspace|vspace|label|tag|color)\*?\s*\{{{BODY}\}}"
-                    r"|\\(?:left|right|displaystyle|textstyle|[bB]ig+[lr]?|bf|it|rm|large|Large|quad|qquad|limits)(?![A-Za-z])")
+                    r"|\\(?:left|right|displaystyle|"
+                    r"textstyle|[bB]ig+[lr]?|bf|it|rm|large|Large|quad|qquad|limits)(?![A-Za-z])")
 
 
 def undress(text: str) -> str:
@@ -66,10 +71,12 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\frac\s*([0-9])", r"\\frac{\1}"), (rf"(\\frac\s*\{{{BODY}\}})\s*([0-9])", r"\1{\2}"),  # \frac12
     (r"\\sqrt\s*([0-9]+|\([^()]*\))", r"\\sqrt{\1}"), (r"(?<![\\a-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)\s*(?:[CF]\b)?", " "),
-    (r"\b(?:US|AU?|CA?|HK|NZ|S|R)(?=\\?\$ ?[0-9])|\\(?:euro|pounds|texteuro|textdollar|yen|textsterling)(?![A-Za-z])", " "),
+    (r"\b(?:US|AU?|CA?|HK|NZ|S|R)(?=\\?\$ ?[0-9])|\\(?:euro|pounds|texteuro|textdollar|yen|textsterling)(?![A-Za-z])",
+     " "),
     (r"(?<!\\)\\[!,;:()\[\]$% ]|[$€£¥₹₩₽₺₫₱฿¢%~]", " "),
     (r"(?:\\\\\s*)+$|^[\s*_`]+|(?<=[^\s*_`])[\s*_`]+$", ""),            # a line's end, markup around it all
-    (r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\s?\^\s?[23])?)\s*\}", r" \1/\2"),  # a unit, or algebra on both sides
+    (r"\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\s?\^\s?[23])?)\s*\}", r" \1/\2"),
+     # a unit, or algebra on both sides
     (r"\b([ap])\.\s?m\b\.?", r"\1m"), (r"\s+", " "),
 )]
 LONGEST_ANSWER = 1000  # characters
@@ -94,8 +101,10 @@ LARGEST_POWER = 100_000  # bits
 NUMERAL = (r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"  # 1,018.50 or .5
            r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?")                                          # e-3
 REPEATING = r"(?P<start>[0-9]*)\.(?P<once>[0-9]*)(?:\\(?:overline|bar|dot)\s*\{?|\()(?P<again>[0-9]+)[})]?"
-TOKEN = re.compile(rf"\s*(?:(?P<repeating>{REPEATING})|(?P<spaced>[0-9]{{1,3}}(?: [0-9]{{3}})++(?![0-9]| ?/))|(?P<numeral>{NUMERAL})"
-                   r"|(?P<sign>\\frac|\\cdot|\\times|\\div|\*\*|[-+](?! ?[A-Za-z]{2})|[*/^!(){}]|(?<!\b0)x(?=\s*[0-9(])))")
+TOKEN = re.compile(rf"\s*(?:(?P<repeating>{REPEATING})"
+                   rf"|(?P<spaced>[0-9]{{1,3}}(?: [0-9]{{3}})++(?![0-9]| ?/))|(?P<numeral>{NUMERAL})"
+                   r"|(?P<sign>\\frac|\\cdot|\\times|\\div|\*\*|[-+](?! ?[A-Za-z]{2})|[*/^!(){}]"
+                   r"|(?<!\b0)x(?=\s*[0-9(])))")
 
 
 def read_numeral(token: re.Match) -> Fraction:
@@ -210,14 +219,17 @@ def read_atom(tokens: Tokens) -> Fraction:
     return value
 
 # %% ../../nbs/grading/02_values.ipynb #4c5e0016
-SCALES = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-CHANGING = frozenset("""half halves third thirds quarter quarters pi plus minus times over or and to mod squared cubed factorial
-    choose negative not no than least most between below under above root sqrt log ln sin cos tan gcd lcm max min base""".split())
-SYMBOLS = frozenset("""m g s h l L V A W N J K C F km cm mm kg mg lb lbs oz ft in yd mi ml mL dl cl kW kWh Hz min mins hr hrs sec
-    secs mph kph am pm AM PM st nd rd th""".split())
+SCALES = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12}
+CHANGING = frozenset("""half halves third thirds quarter quarters pi plus minus times over or and to mod
+    squared cubed factorial choose negative not no than least most between below under above
+    root sqrt log ln sin cos tan gcd lcm max min base""".split())
+SYMBOLS = frozenset("""m g s h l L V A W N J K C F km cm mm kg mg lb lbs oz ft in yd mi ml mL dl cl
+    kW kWh Hz min mins hr hrs sec secs mph kph am pm AM PM st nd rd th""".split())
 LEAD = re.compile(r"(?:[A-Za-z]['A-Za-z-]*\.?[\s:,]+)*")
 NAME = re.compile(r"(?:\\[A-Za-z]+ ?)?(?:[A-Za-z]\w*(?:_\{?\w+\}?)?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)|\\[A-Za-z]+")
-UNIT = re.compile(r"(?:\s|/|(?:^|(?<=[A-Za-z]))- ?(?=[A-Za-z]{2})|(?<=[A-Za-z])['.](?![0-9])|[A-Za-z]+|(?<=[A-Za-z])\s*\^\s*\{?-?[1-4]\}?|\([A-Za-z ]*\)$)*")
+UNIT = re.compile(r"(?:\s|/|(?:^|(?<=[A-Za-z]))- ?(?=[A-Za-z]{2})|(?<=[A-Za-z])['.](?![0-9])|[A-Za-z]+"
+                  r"|(?<=[A-Za-z])\s*\^\s*\{?-?[1-4]\}?|\([A-Za-z ]*\)$)*")
 
 
 def harmless(words: list[str]) -> bool:
@@ -226,7 +238,7 @@ def harmless(words: list[str]) -> bool:
 
 
 def is_unit(text: str, symbols: bool) -> bool:
-    "Whether what follows a number is a unit; with `symbols` also one of a single letter or one that touches the digits."
+    "Whether what follows a number is a unit; with `symbols` it may be a letter, or touch the digits."
     words = re.findall("[A-Za-z]+", text)
     touching = re.match("[A-Za-z]+", text)
     if UNIT.fullmatch(text) is None or not harmless(words):
@@ -244,10 +256,10 @@ def right_side(text: str) -> str:
     sides = [side.strip() for side in left.split("=")]
     return right.strip() if all(NAME.fullmatch(side) or parse_number(side) is not None for side in sides) else text
 
-
+# %% ../../nbs/grading/02_values.ipynb #4c5e0022
 @lru_cache(maxsize=65_536)
 def parse_number(text: str, symbols: bool = True) -> Fraction | None:
-    "The exact value of a number in any spelling, alone or in a phrase; `None` for anything else. Units may be `symbols`."
+    "The exact value of a number, alone or in a phrase; `None` for anything else. With `symbols` units may touch it."
     if len(text) > LONGEST_NUMBER:
         return None
     text = right_side(normalise(text))
@@ -263,11 +275,13 @@ def parse_number(text: str, symbols: bool = True) -> Fraction | None:
             break
         value, rest = value * SCALES[scale[1].lower()], rest[scale.end():]
     words = re.findall("[A-Za-z]+", lead)
-    return value if harmless(words) and all(len(word) > 1 for word in words if word != "a") and is_unit(rest, symbols) else None
+    readable = harmless(words) and all(len(word) > 1 for word in words if word != "a")
+    return value if readable and is_unit(rest, symbols) else None
 
 # %% ../../nbs/grading/02_values.ipynb #4c5e0019
 BASE = re.compile(r"(?<=[0-9A-F)])_\s*\{?\s*([0-9]+)\s*\}?")
-MARK = re.compile(r"\\(?:neq?|leq?|geq?|lt|gt|l?not|to|rightarrow|Rightarrow|vee|lor|wedge|land|n?mid|equiv|sim)(?![A-Za-z])|\\\\|[<>|&:…]")
+MARK = re.compile(r"\\(?:neq?|leq?|geq?|lt|gt|l?not|to|[rR]ightarrow|vee|lor|wedge|land|n?mid|equiv|sim)(?![A-Za-z])"
+                  r"|\\\\|[<>|&:…]")
 INTERVAL = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
 UNIT_BEHIND = re.compile(r"(?<=[0-9})\]])((?:\s+[A-Za-z]{2,}\.?|/[A-Za-z]{2,})+(?:\s*\^\s*\{?[1-4]\}?)?)$")
 
@@ -280,7 +294,8 @@ def without_unit(text: str) -> str:
 
 def letters(text: str) -> set[str]:
     "The letters of an expression that belong to no macro."
-    return set(re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "", text)) & set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    return set(re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "",
+                      text)) & set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def comparable(answer: str, gold: str) -> bool:

@@ -9,7 +9,7 @@ __all__ = ['Precision', 'SMOKE', 'LAPTOP', 'PRESETS', 'SECTIONS', 'TRAINED_BY', 
            'without_idle_changes', 'pretraining_run', 'algorithm_of', 'finetuning_run', 'finetuning_name',
            'evaluation_run', 'runs_of', 'work_of', 'expected_seconds']
 
-# %% ../../nbs/study/04_conditions.ipynb #78901fce
+# %% ../../nbs/study/04_conditions.ipynb #f3f17d66
 import re
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ from ..data.problems import ProblemConfig
 from ..models.decoder import DECODERS, DecoderConfig
 from ..models.generation import SamplingConfig
 from .runs import Run
-from .stages import Algorithm, EvaluateConfig, FinetuneConfig, PretrainConfig
+from .stages import STAGES, Algorithm, EvaluateConfig, FinetuneConfig, PretrainConfig
 from ..training.algorithms import grpo_config, ppo_config
 from ..training.critic import CriticConfig
 from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, OptimiserConfig
 from ..training.supervised import SupervisedConfig
 
-# %% ../../nbs/study/04_conditions.ipynb #d323b84f
+# %% ../../nbs/study/04_conditions.ipynb #41b01209
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -38,9 +38,9 @@ class PretrainingPreset(StrictConfig):
     batch_size: int = Field(gt=0, description="packed rows per step")
     steps: int = Field(gt=0, description="[optimiser steps]")
     learning_rate: float = Field(gt=0, description="peak")
-    tokens: int = Field(gt=0, description="budget of the corpus [tokens]; fewer than are trained on means several epochs")
+    tokens: int = Field(gt=0, description="budget of the corpus [tokens]; fewer than are read means several epochs")
     background: float = Field(0.0, ge=0, description="weight of background text in the mixture")
-    snapshots: tuple[int, ...] = Field((), description="steps whose model is kept, for RL to start from; the last one always is")
+    snapshots: tuple[int, ...] = Field((), description="steps whose model is kept, for RL to start from")
     precision: Precision = Field(description="of the arithmetic")
 
 
@@ -51,7 +51,7 @@ class EvaluationPreset(StrictConfig):
     temperature: float = Field(0.7, gt=0, description="of the sampled completions")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus of the sampled completions")
 
-# %% ../../nbs/study/04_conditions.ipynb #18ef4d3d
+# %% ../../nbs/study/04_conditions.ipynb #cf8bcc7e
 class RLPreset(StrictConfig):
     "GRPO and PPO at one scale."
     prompts: int = Field(gt=0, description="B, prompts per rollout batch")
@@ -78,7 +78,7 @@ class ExpertIterationPreset(SupervisedPreset):
     rounds: int = Field(gt=0, description="times that the base is fine-tuned on fresh samples")
     samples: int = Field(gt=0, description="completions per question and round")
 
-# %% ../../nbs/study/04_conditions.ipynb #83e459da
+# %% ../../nbs/study/04_conditions.ipynb #0c9c34cc
 class Preset(StrictConfig):
     "One scale of the study: what all stages share, and a section for each."
     problems: ProblemConfig = Field(description="of all sources, of the prompts and of the evaluation")
@@ -90,35 +90,39 @@ class Preset(StrictConfig):
     expert_iteration: ExpertIterationPreset
     control: SupervisedPreset
     evaluation: EvaluationPreset
-    seconds: dict[str, float] = Field(description="measured duration of the preset's own runs on two CPU cores, by stage, "
-                                                  "and by algorithm for fine-tuning [seconds]")
+    seconds: dict[str, float] = Field(description="measured duration of the preset's own runs on two CPU cores, by "
+                                                  "stage, and by algorithm for fine-tuning [seconds]")
 
     @property
     def episode(self) -> float:
         "RL steps of one pass over the prompts [optimiser steps]."
         return self.questions * self.rl.samples / self.rl.train_batch
 
-# %% ../../nbs/study/04_conditions.ipynb #1b343af2
+# %% ../../nbs/study/04_conditions.ipynb #ddc2647e
 SMOKE = Preset(
     problems=ProblemConfig(operations=(1, 2), operands=(2, 9)), questions=32, max_new_tokens=48,
     decoders={"default": DECODERS["50k"].model_copy(update={"context": 128})},
-    pretraining={"batch_size": 8, "steps": 40, "learning_rate": 6e-3, "tokens": 50_000, "snapshots": (20,), "precision": "32-true"},
+    pretraining={"batch_size": 8, "steps": 40, "learning_rate": 6e-3, "tokens": 50_000,
+                 "snapshots": (20,), "precision": "32-true"},
     rl={"prompts": 8, "samples": 4, "train_batch": 32, "steps": 4, "learning_rate": 1e-3, "critic_learning_rate": 3e-3,
         "temperature": 1.0, "snapshots": (0, 2, 4), "precision": "32-true"},
-    expert_iteration={"rounds": 1, "samples": 8, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "precision": "32-true"},
+    expert_iteration={"rounds": 1, "samples": 8, "epochs": 2, "batch": 8, "learning_rate": 1e-3,
+                      "precision": "32-true"},
     control={"epochs": 1, "batch": 8, "learning_rate": 1e-3, "precision": "32-true"},
     evaluation={"questions": 16, "samples": 8},
     seconds={"pretrain": 15, "grpo": 15, "ppo": 15, "expert_iteration": 15, "sft": 12, "evaluate": 15, "figure": 10})
 
-# %% ../../nbs/study/04_conditions.ipynb #41a43d3b
+# %% ../../nbs/study/04_conditions.ipynb #b4845f01
 LAPTOP = Preset(
     problems=ProblemConfig(operations=(1, 3), operands=(2, 12), factors=(2, 6), largest_result=100),
     questions=1024, max_new_tokens=128, decoders={"default": DecoderConfig(width=96, layers=2, heads=6, context=160)},
     pretraining={"batch_size": 16, "steps": 2000, "learning_rate": 6e-3, "tokens": 4_000_000,
                  "snapshots": (125, 250, 500, 1000), "precision": "32-true"},
-    rl={"prompts": 32, "samples": 8, "train_batch": 128, "steps": 120, "learning_rate": 3e-4, "critic_learning_rate": 1e-3,
-        "temperature": 1.0, "snapshots": (0, 4, 8, 16, 24, 40, 60, 90, 120), "precision": "32-true"},
-    expert_iteration={"rounds": 3, "samples": 5, "epochs": 2, "batch": 64, "learning_rate": 6e-4, "precision": "32-true"},
+    rl={"prompts": 32, "samples": 8, "train_batch": 128, "steps": 120, "learning_rate": 3e-4,
+        "critic_learning_rate": 1e-3, "temperature": 1.0, "snapshots": (0, 4, 8, 16, 24, 40, 60, 90, 120),
+        "precision": "32-true"},
+    expert_iteration={"rounds": 3, "samples": 5, "epochs": 2, "batch": 64, "learning_rate": 6e-4,
+                      "precision": "32-true"},
     control={"epochs": 10, "batch": 64, "learning_rate": 6e-4, "precision": "32-true"},
     evaluation={"questions": 200, "samples": 16},
     seconds={"pretrain": 210, "grpo": 90, "ppo": 145, "expert_iteration": 120, "sft": 45, "evaluate": 95, "figure": 15})
@@ -132,7 +136,7 @@ def find_preset(name: str) -> Preset:
         raise StudyError(f"unknown preset `{name}`; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../../nbs/study/04_conditions.ipynb #8ce5a7a9
+# %% ../../nbs/study/04_conditions.ipynb #54365b6f
 class Condition(StrictConfig):
     "What differs from the preset; the fields that differ from their defaults are its name and the labels of its rows."
     mixture: str = Field("three-formats", description="sources of pretraining, a key of `MIXTURES`")
@@ -140,9 +144,9 @@ class Condition(StrictConfig):
     precision: Literal["default", "32-true", "bf16-mixed"] = Field("default", description="of pretraining")
     pretraining_seed: int | None = Field(None, ge=0, description="the one pretraining that all seeds start from; "
                                                                  "None: every seed has its own, a whole realisation")
-    start_step: int | None = Field(None, ge=0, description="snapshot of pretraining that fine-tuning starts from; None: the last")
+    start_step: int | None = Field(None, ge=0, description="snapshot that fine-tuning starts from; None: the last")
     algorithm: Literal["grpo", "ppo", "expert_iteration", "sft"] = Field("grpo", description="of fine-tuning")
-    kl_coefficient: float = Field(0.0, ge=0, description="β of the penalty towards the pretrained model, for GRPO and PPO")
+    kl_coefficient: float = Field(0.0, ge=0, description="β of the penalty towards the pretrained model")
     benchmarks: tuple[str, ...] = Field(("mini-gsm",), min_length=1, description="what its models are evaluated on")
     changes: tuple[tuple[str, Any], ...] = Field((), description="other fields of the preset, by dotted path")
 
@@ -160,9 +164,10 @@ class Condition(StrictConfig):
             section_stage(path, self.algorithm)
         return self
 
-# %% ../../nbs/study/04_conditions.ipynb #bf3ece22
-SECTIONS = {"problems": "pretrain", "decoders": "pretrain", "pretraining": "pretrain", "questions": "finetune", "rl": "finetune",
-            "expert_iteration": "finetune", "control": "finetune", "max_new_tokens": "finetune", "evaluation": "evaluate"}
+# %% ../../nbs/study/04_conditions.ipynb #5b8d9ac5
+SECTIONS = {"problems": "pretrain", "decoders": "pretrain", "pretraining": "pretrain",
+            "questions": "finetune", "max_new_tokens": "finetune", "rl": "finetune", "expert_iteration": "finetune",
+            "control": "finetune", "evaluation": "evaluate"}
 TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
 
 
@@ -175,14 +180,16 @@ def section_stage(path: str, algorithm: str) -> str:
         raise ValueError(f"`{path}` changes nothing under {algorithm}; it is for {' and '.join(TRAINED_BY[section])}")
     return SECTIONS[section]
 
-# %% ../../nbs/study/04_conditions.ipynb #86c1faa7
+# %% ../../nbs/study/04_conditions.ipynb #b9579f52
 def named_changes(condition: Condition, stages: tuple[str, ...]) -> list[str]:
     "Words for the fields that differ from their defaults and reach the given stages."
     words = {"decoder": ("pretrain", condition.decoder), "precision": ("pretrain", condition.precision),
-             "start_step": ("finetune", f"step{condition.start_step}"), "kl_coefficient": ("finetune", f"kl{condition.kl_coefficient:g}")}
-    told = {name: part for name, part in words.items() if getattr(condition, name) != Condition.model_fields[name].default}
-    paths = [(section_stage(path, condition.algorithm), re.sub(r"[^\w.]+", "_", f"{path}{value}").strip("_")) for path, value in condition.changes]
-    return [word for stage, word in [*told.values(), *paths] if stage in stages]
+             "start_step": ("finetune", f"step{condition.start_step}"),
+             "kl_coefficient": ("finetune", f"kl{condition.kl_coefficient:g}")}
+    told = [word for name, word in words.items() if getattr(condition, name) != getattr(Condition(), name)]
+    told += [(section_stage(path, condition.algorithm), re.sub(r"[^\w.]+", "_", f"{path}{value}").strip("_"))
+             for path, value in condition.changes]
+    return [word for stage, word in told if stage in stages]
 
 
 def condition_name(condition: Condition) -> str:
@@ -194,16 +201,15 @@ def condition_name(condition: Condition) -> str:
              *(condition.benchmarks if condition.benchmarks != default.benchmarks else ())]
     return "-".join(parts)
 
-# %% ../../nbs/study/04_conditions.ipynb #53ecdf24
+# %% ../../nbs/study/04_conditions.ipynb #511e9f56
 def condition_labels(condition: Condition) -> dict:
-    "Columns that the rows of a condition carry: its name, its algorithm, and every other field that differs from its default."
-    default = Condition()
-    differing = {name: value for name, value in condition.model_dump(exclude={"changes", "benchmarks", "pretraining_seed"}).items()
-                 if value != getattr(default, name)}
-    return {"condition": condition.name, "algorithm": condition.algorithm, **differing,
-            **{path: value if isinstance(value, str | int | float) else str(value) for path, value in condition.changes}}
+    "Columns that the rows of a condition carry: its name, its algorithm, and every other field that differs."
+    told_by_rows = {"changes", "benchmarks", "pretraining_seed"}
+    differing = condition.model_dump(exclude=told_by_rows, exclude_defaults=True)
+    changes = {path: value if isinstance(value, str | int | float) else str(value) for path, value in condition.changes}
+    return {"condition": condition.name, "algorithm": condition.algorithm, **differing, **changes}
 
-# %% ../../nbs/study/04_conditions.ipynb #3cd2ffa3
+# %% ../../nbs/study/04_conditions.ipynb #d9d2a4af
 def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Preset:
     "The preset with changes at dotted paths. Raises `StudyError` if a place does not exist or a value does not fit."
     values = preset.model_dump()
@@ -217,46 +223,51 @@ def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Pres
         place[last] = value
     return Preset.parse(values, where="condition")
 
-# %% ../../nbs/study/04_conditions.ipynb #29342fc9
+# %% ../../nbs/study/04_conditions.ipynb #7d0db90c
 def without_idle_changes(condition: Condition, preset: Preset) -> Condition:
     "The condition without the changes that leave this preset as it is. Raises `StudyError` as `changed_preset` does."
     changes = tuple(change for change in condition.changes if changed_preset(preset, (change,)) != preset)
     idle = {"precision": preset.pretraining.precision, "start_step": preset.pretraining.steps}
-    back = {name: Condition.model_fields[name].default for name, same in idle.items() if getattr(condition, name) == same}
+    back = {name: getattr(Condition(), name) for name, same in idle.items() if getattr(condition, name) == same}
     return condition.model_copy(update={"changes": changes, **back})
 
-# %% ../../nbs/study/04_conditions.ipynb #5d83df7d
+# %% ../../nbs/study/04_conditions.ipynb #be6b8138
 def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     "Pretraining of a condition. Raises `StudyError` for a size that the preset does not have."
     if condition.decoder not in scale.decoders:
-        raise StudyError(f"decoder `{condition.decoder}` is none of this preset; choose one of {', '.join(scale.decoders)}")
+        raise StudyError(f"decoder `{condition.decoder}` is not in the preset; choose from {', '.join(scale.decoders)}")
     told, sources = scale.pretraining, MIXTURES[condition.mixture](scale.problems, seed)
     precision = told.precision if condition.precision == "default" else condition.precision
     optimiser = OptimiserConfig(learning_rate=told.learning_rate, warmup=max(1, told.steps // 20), horizon=told.steps)
     config = PretrainConfig(
         mixture=MixtureConfig(sources=sources, tokens=told.tokens, background=told.background, seed=seed),
         decoder=scale.decoders[condition.decoder], batch_size=told.batch_size, snapshots=told.snapshots, seed=seed,
-        fit=FitConfig(optimiser=optimiser, steps=told.steps, checkpoint_every=max(10, told.steps // 15), precision=precision))
-    return Run("pretrain", "-".join([condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]), config)
+        fit=FitConfig(optimiser=optimiser, steps=told.steps, checkpoint_every=max(10, told.steps // 15),
+                      precision=precision))
+    name = [condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]
+    return Run("pretrain", "-".join(name), config)
 
-# %% ../../nbs/study/04_conditions.ipynb #47bae5de
+# %% ../../nbs/study/04_conditions.ipynb #0b2ffbd9
 def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     "The algorithm of a condition at this scale."
     if condition.algorithm in ("grpo", "ppo"):
-        told, build = scale.rl, {"grpo": grpo_config, "ppo": ppo_config}[condition.algorithm]
-        critic = {"critic": CriticConfig(learning_rate=told.critic_learning_rate)} if condition.algorithm == "ppo" else {}
-        return build(told.steps, kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
+        told = scale.rl
+        sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
                      train_batch=told.train_batch, max_new_tokens=scale.max_new_tokens, temperature=told.temperature,
-                     learning_rate=told.learning_rate, precision=told.precision, seed=seed, **critic)
+                     learning_rate=told.learning_rate, precision=told.precision, seed=seed)
+        if condition.algorithm == "grpo":
+            return grpo_config(told.steps, **sizes)
+        return ppo_config(told.steps, critic=CriticConfig(learning_rate=told.critic_learning_rate), **sizes)
     told = scale.control if condition.algorithm == "sft" else scale.expert_iteration
-    supervised = SupervisedConfig(epochs=told.epochs, batch=told.batch, micro_batch=told.batch, learning_rate=told.learning_rate,
-                                  precision=told.precision, seed=seed)
+    supervised = SupervisedConfig(epochs=told.epochs, batch=told.batch, micro_batch=told.batch,
+                                  learning_rate=told.learning_rate, precision=told.precision, seed=seed)
     if condition.algorithm == "sft":
         return supervised
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
-    return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised, seed=seed)
+    return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised,
+                                 seed=seed)
 
-# %% ../../nbs/study/04_conditions.ipynb #18f400c2
+# %% ../../nbs/study/04_conditions.ipynb #819f9e7c
 def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) -> Run:
     "Fine-tuning of a condition. Raises `StudyError` for a start that its pretraining does not keep."
     kept, start = parent.config.snapshot_steps, condition.start_step
@@ -275,9 +286,10 @@ def finetuning_name(condition: Condition, pretraining_seed: int, seed: int) -> s
     "The name of a fine-tuning run: what made it, its seed, and that of its pretraining where it is another."
     mixture = [condition.mixture] if condition.mixture != Condition().mixture else []
     start = [f"pretraining{pretraining_seed}"] if pretraining_seed != seed else []
-    return "-".join([condition.algorithm, *mixture, *named_changes(condition, ("pretrain", "finetune")), *start, f"seed{seed}"])
+    changes = named_changes(condition, ("pretrain", "finetune"))
+    return "-".join([condition.algorithm, *mixture, *changes, *start, f"seed{seed}"])
 
-# %% ../../nbs/study/04_conditions.ipynb #d8e094d0
+# %% ../../nbs/study/04_conditions.ipynb #1cf24029
 def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: str, seed: int) -> Run:
     "Evaluation of all snapshots of a fine-tuning run on one benchmark; the questions are the same for every seed."
     told = scale.evaluation
@@ -285,7 +297,8 @@ def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: 
         model=parent.reference, steps=parent.config.snapshot_steps, benchmark=benchmark, problems=scale.problems,
         questions=told.questions, samples=told.samples, seed=seed,
         sampling=SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=told.temperature, top_p=told.top_p))
-    return Run("evaluate", "-".join([parent.name, benchmark, *named_changes(condition, ("evaluate",))]), config, parents=(parent,))
+    name = [parent.name, benchmark, *named_changes(condition, ("evaluate",))]
+    return Run("evaluate", "-".join(name), config, parents=(parent,))
 
 
 def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
@@ -294,16 +307,18 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     Raises `StudyError` if the preset does not exist or does not have what the condition names."""
     condition = without_idle_changes(condition, found := find_preset(preset))
     scale = changed_preset(found, condition.changes)
-    start = pretraining_run(scale, condition, seed if condition.pretraining_seed is None else condition.pretraining_seed)
+    start_seed = seed if condition.pretraining_seed is None else condition.pretraining_seed
+    start = pretraining_run(scale, condition, start_seed)
     tuned = finetuning_run(scale, condition, start, seed)
-    return [start, tuned, *(evaluation_run(scale, condition, tuned, benchmark, seed) for benchmark in condition.benchmarks)]
+    evaluated = [evaluation_run(scale, condition, tuned, benchmark, seed) for benchmark in condition.benchmarks]
+    return [start, tuned, *evaluated]
 
-# %% ../../nbs/study/04_conditions.ipynb #7a8ec714
+# %% ../../nbs/study/04_conditions.ipynb #4ade1060
 START_UP = 5.0  # seconds until a notebook computes
 
 
 def work_of(run: Run) -> float:
-    "The work of a run, in units that are comparable within a stage and an algorithm: steps or completions, times parameters."
+    "The work of a run, comparable within a stage and an algorithm: tokens, steps or completions, times parameters."
     first = run
     while first.parents:
         first = first.parents[0]
@@ -317,15 +332,14 @@ def work_of(run: Run) -> float:
             return size * len(config.steps) * (config.questions or 1) * (config.samples + 1)
     return 1.0
 
-
+# %% ../../nbs/study/04_conditions.ipynb #81aca634
 def expected_seconds(run: Run, preset: str) -> float:
     "Rough duration of a run on two CPU cores, for estimates before anything has been measured [seconds]."
-    scale = find_preset(preset)
-    if run.stage not in ("pretrain", "finetune", "evaluate") or not run.parents and run.stage != "pretrain":
-        return scale.seconds.get(run.stage, 60.0)
-    algorithm = getattr(run.config, "algorithm", None)
-    known = algorithm is None or algorithm.algorithm in scale.seconds
-    usual = runs_of(Condition(algorithm=algorithm.algorithm if algorithm and known else "grpo"), preset, 0)
+    seconds = find_preset(preset).seconds
+    if run.stage not in STAGES or (run.stage != "pretrain" and not run.parents):  # a figure, or a config of one's own
+        return seconds.get(run.stage, 60.0)
+    algorithm = run.config.algorithm.algorithm if run.stage == "finetune" else "grpo"
+    usual = runs_of(Condition(algorithm=algorithm if algorithm in seconds else "grpo"), preset, 0)
     usual = next(other for other in usual if other.stage == run.stage)
-    measured = scale.seconds[usual.config.algorithm.algorithm if run.stage == "finetune" else run.stage]
+    measured = seconds[usual.config.algorithm.algorithm if run.stage == "finetune" else run.stage]
     return START_UP + max(0.0, measured - START_UP) * work_of(run) / work_of(usual)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'TEXTS', 'TABLES', 'PICTURES', 'Figure', 'figure_runs', 'tables_folder', 'table_file', 'evaluation_frame',
-           'training_frame', 'read_json', 'cost_frame', 'write_table', 'write_if_new', 'collect_condition',
-           'provenance_of', 'collect', 'FigureConfig', 'table_hashes', 'figure_config', 'figure_run', 'open_figure',
+           'training_frame', 'read_json', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of',
+           'collect_condition', 'collect', 'FigureConfig', 'table_hashes', 'figure_config', 'figure_run', 'open_figure',
            'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
 
-# %% ../../nbs/study/05_figures.ipynb #92be8b08
+# %% ../../nbs/study/05_figures.ipynb #0f50b467
 import contextlib
 import json
 import tempfile
@@ -25,7 +25,7 @@ from .execution import launch, run_task
 from .runs import Run, open_run
 from .stages import completions_sampled
 
-# %% ../../nbs/study/05_figures.ipynb #726e39d4
+# %% ../../nbs/study/05_figures.ipynb #b9e16a89
 class Figure(StrictConfig):
     "A claim of the study and the conditions that test it."
     name: str = Field(description="of its notebook and of its files")
@@ -37,8 +37,10 @@ class Figure(StrictConfig):
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in (
     Figure(name="convergence", claim="C1", title="RL moves the outputs of a model with three formats to one of them",
            conditions=(Condition(algorithm="ppo", pretraining_seed=0), Condition(pretraining_seed=0))),
-    Figure(name="algorithms", claim="C6", title="PPO, GRPO and Expert Iteration all amplify one format, the last one mildly",
-           conditions=tuple(Condition(algorithm=name, pretraining_seed=0) for name in ("ppo", "grpo", "expert_iteration", "sft"))),
+    Figure(name="algorithms", claim="C6",
+           title="PPO, GRPO and Expert Iteration all amplify one format, the last one mildly",
+           conditions=tuple(Condition(algorithm=name, pretraining_seed=0)
+                            for name in ("ppo", "grpo", "expert_iteration", "sft"))),
     Figure(name="precision", claim="P", title="the numbers do not depend on the precision of pretraining",
            conditions=(Condition(), Condition(precision="bf16-mixed"))),
 )}
@@ -50,7 +52,7 @@ def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list
     runs = (run for condition in figure.conditions for seed in seeds for run in runs_of(condition, preset, seed))
     return list({run.reference: run for run in runs}.values())
 
-# %% ../../nbs/study/05_figures.ipynb #8fbda415
+# %% ../../nbs/study/05_figures.ipynb #4380bc4b
 TEXTS = ("question", "answer", "completion")
 TABLES = ("", "_training", "_costs")  # evaluations, metrics of all training steps, what each run cost
 
@@ -72,14 +74,15 @@ def evaluation_frame(run: Run, labels: dict) -> pd.DataFrame:
     sampled = {step: completions_sampled(tuned.algorithm, tuned.questions, step) for step in frame.step.unique()}
     return frame.assign(benchmark=run.config.benchmark, **labels, sampled=frame.step.map(sampled))
 
-
+# %% ../../nbs/study/05_figures.ipynb #238c5b72
 def training_frame(run: Run, labels: dict) -> pd.DataFrame:
     "The metrics of a training run, labelled, without timings (they differ from run to run) and in single precision."
     metrics = pd.read_parquet(run.folder / "metrics.parquet")
     timeless = metrics[[name for name in metrics if "second" not in name]]
-    return timeless.astype(dict.fromkeys(timeless.select_dtypes("float64"), "float32")).assign(stage=run.stage, **labels)
+    single = timeless.astype(dict.fromkeys(timeless.select_dtypes("float64"), "float32"))
+    return single.assign(stage=run.stage, **labels)
 
-# %% ../../nbs/study/05_figures.ipynb #5b936fd2
+# %% ../../nbs/study/05_figures.ipynb #b03d477d
 def read_json(file: Path) -> dict:
     "The object in a JSON file; empty if there is none."
     try:
@@ -94,7 +97,7 @@ def cost_frame(run: Run, labels: dict) -> pd.DataFrame:
     return pd.DataFrame([{"stage": run.stage, "reference": run.reference, "seconds": paid.get("seconds"),
                           "tokens": paid.get("tokens"), **labels}])
 
-# %% ../../nbs/study/05_figures.ipynb #16bc1658
+# %% ../../nbs/study/05_figures.ipynb #9434cf5f
 def write_table(file: Path, frames: list[pd.DataFrame]) -> None:
     "One parquet file from frames below each other, written only if it changes."
     table = pd.concat(frames, ignore_index=True)
@@ -109,23 +112,7 @@ def write_if_new(file: Path, data: bytes) -> None:
         with atomic_path(file) as temporary:
             temporary.write_bytes(data)
 
-# %% ../../nbs/study/05_figures.ipynb #af5187fd
-def collect_condition(condition: Condition, preset: str, seeds: int | Sequence[int], ship: bool = False) -> None:
-    "Gather the finished runs of a condition into its tables, with where they come from beside them."
-    runs: dict[str, tuple[Run, dict]] = {}
-    for seed in range(seeds) if isinstance(seeds, int) else seeds:
-        for run in (family := runs_of(condition, preset, seed)):
-            labels = condition_labels(condition) | {"seed": seed, "pretraining_seed": family[0].config.seed}
-            runs.setdefault(run.reference, (run, labels | ({"seed": run.config.seed} if run.stage == "pretrain" else {})))
-    frames = {"": [evaluation_frame(*one) for one in runs.values() if one[0].stage == "evaluate"],
-              "_training": [training_frame(*one) for one in runs.values() if one[0].stage != "evaluate"],
-              "_costs": [cost_frame(*one) for one in runs.values()]}
-    for part in TABLES:
-        write_table(table_file(condition, preset, part, ship), frames[part])
-    origin = provenance_of(condition, [run for run, _ in runs.values()])
-    write_if_new(table_file(condition, preset, ship=ship).with_suffix(".json"), json.dumps(origin, indent=2).encode() + b"\n")
-
-
+# %% ../../nbs/study/05_figures.ipynb #83a568f6
 def provenance_of(condition: Condition, runs: Sequence[Run]) -> dict:
     "Where the tables of a condition come from: seeds, code, revision, processors, and when the last run ended."
     told = [read_json(run.folder / "provenance.json") for run in runs]
@@ -137,13 +124,30 @@ def provenance_of(condition: Condition, runs: Sequence[Run]) -> dict:
             "processors": sorted({one.get("hardware", {}).get("processor", "") for one in told}),
             "finished": max((one.get("finished") or "" for one in told), default="")}
 
+# %% ../../nbs/study/05_figures.ipynb #883ab1ba
+def collect_condition(condition: Condition, preset: str, seeds: int | Sequence[int], ship: bool = False) -> None:
+    "Gather the finished runs of a condition into its tables, with where they come from beside them."
+    runs: dict[str, tuple[Run, dict]] = {}
+    for seed in range(seeds) if isinstance(seeds, int) else seeds:
+        for run in (family := runs_of(condition, preset, seed)):
+            labels = condition_labels(condition) | {"seed": seed, "pretraining_seed": family[0].config.seed}
+            own = {"seed": run.config.seed} if run.stage == "pretrain" else {}
+            runs.setdefault(run.reference, (run, labels | own))
+    frames = {"": [evaluation_frame(*one) for one in runs.values() if one[0].stage == "evaluate"],
+              "_training": [training_frame(*one) for one in runs.values() if one[0].stage != "evaluate"],
+              "_costs": [cost_frame(*one) for one in runs.values()]}
+    for part in TABLES:
+        write_table(table_file(condition, preset, part, ship), frames[part])
+    origin = json.dumps(provenance_of(condition, [run for run, _ in runs.values()]), indent=2)
+    write_if_new(table_file(condition, preset, ship=ship).with_suffix(".json"), origin.encode() + b"\n")
 
+# %% ../../nbs/study/05_figures.ipynb #5d3664bd
 def collect(figure: Figure, preset: str, seeds: int | Sequence[int], ship: bool = False) -> None:
     "Gather the tables of all conditions of a figure; every run behind it must be done."
     for condition in figure.conditions:
         collect_condition(condition, preset, seeds, ship)
 
-# %% ../../nbs/study/05_figures.ipynb #0f017e2a
+# %% ../../nbs/study/05_figures.ipynb #8cc0fe27
 class FigureConfig(StrictConfig):
     "What a figure is drawn from."
     figure: str = Field(description="its name; the notebook is `figures/<name>.ipynb`")
@@ -151,10 +155,10 @@ class FigureConfig(StrictConfig):
     title: str
     preset: str
     conditions: tuple[Condition, ...]
-    shipped: dict[str, str] = Field({}, description="content hash of each shipped table, by file name; empty if there are none")
+    shipped: dict[str, str] = Field({}, description="content hash of each shipped table, by file name")
     own: dict[str, str] = Field({}, description="content hash of each table of the reader, by file name")
 
-
+# %% ../../nbs/study/05_figures.ipynb #12d7eb05
 def table_hashes(conditions: Sequence[Condition], preset: str, ship: bool) -> dict[str, str]:
     "Content hash of every table of these conditions; empty if one of them has no evaluations."
     files = [table_file(condition, preset, part, ship) for condition in conditions for part in TABLES]
@@ -177,7 +181,7 @@ def figure_run(figure: Figure, preset: str, ship: bool = False) -> Run:
     "The run that draws a figure from the tables there are; with `ship` from the shipped ones alone."
     return Run("figure", f"{figure.name}-{preset}", figure_config(figure, preset, own=not ship))
 
-# %% ../../nbs/study/05_figures.ipynb #54eb14e3
+# %% ../../nbs/study/05_figures.ipynb #f0df1bb3
 def open_figure(name: str, preset: str, config: dict | None) -> FigureConfig:
     "The config that the study passes to a figure's notebook, or by hand one that reads what is shipped."
     return FigureConfig.parse(config, where=name) if config else figure_config(FIGURES[name], preset, own=False)
@@ -194,7 +198,7 @@ def figure_folder(name: str, config: FigureConfig, by_hand: bool) -> Iterator[Pa
     with open_run(run):
         yield run.folder
 
-# %% ../../nbs/study/05_figures.ipynb #83ae113a
+# %% ../../nbs/study/05_figures.ipynb #65156d57
 PICTURES = (".png", ".pdf", ".ipynb")
 
 
@@ -207,23 +211,27 @@ def verdict_file(figure: str, preset: str, ship: bool = False) -> Path:
     "Where the verdict of a figure is published."
     return tables_folder(preset, ship) / f"{figure}.json"
 
-
+# %% ../../nbs/study/05_figures.ipynb #91a73fe7
 def publish(run: Run, ship: bool = False) -> str:
-    "Copy what a finished figure has made to where people look for it; its verdict line. Raises `StudyError` if a part is missing."
+    """Copy what a finished figure has made to where people look for it; its verdict line.
+
+    Raises `StudyError` if a part is missing."""
     name, preset = run.config.figure, run.config.preset
     copies = {run.folder / f"{name}{suffix}": picture_file(name, preset, suffix, ship) for suffix in PICTURES}
     copies[run.folder / "verdict.json"] = verdict_file(name, preset, ship)
     if missing := [source for source in copies if not source.exists()]:
-        raise StudyError(f"{run.notebook}: ended without writing {missing[0].name}; let it save its picture and its verdict")
+        raise StudyError(f"{run.notebook}: ended without writing {missing[0].name}; let it save picture and verdict")
     for source, destination in copies.items():
         write_if_new(destination, source.read_bytes())
     return read_json(run.folder / "verdict.json").get("line", "")
 
-# %% ../../nbs/study/05_figures.ipynb #4ad324d2
+# %% ../../nbs/study/05_figures.ipynb #dfed7535
 def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[str, str]:
-    "Draw figures from the shipped tables, all whose tables are there by default; their verdict lines by name. Raises `StudyError` if one fails."
-    lines = {}
-    for name in names or [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset, ship=True)]:
+    """Draw figures from the shipped tables, by default all whose tables are there; their verdict lines by name.
+
+    Raises `StudyError` if one fails."""
+    lines, there = {}, [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset, ship=True)]
+    for name in names or there:
         run = figure_run(FIGURES[name], preset, ship=True)
         if not run.done:
             launch(run_task(run))

@@ -8,7 +8,7 @@ __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'Metric', 'share', 'pass_at', 'ma
            'seed_curves', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'Verdict', 'verdict_line',
            'write_verdict', 'own_seed_line', 'place_of']
 
-# %% ../../nbs/study/06_reading.ipynb #21544392
+# %% ../../nbs/study/06_reading.ipynb #ce6bb5b9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ import pandas as pd
 
 from ..core import StudyError, content_hash, write_json
 from ..data.formats import FORMATS
-from ..grading.metrics import crossed_interval, measure, pass_at_k, prediction_interval, summarise, summarise_change
+from ..grading.metrics import crossed_interval, measure, pass_at_k, prediction_interval
+from ..grading.metrics import summarise, summarise_change
+from ..plots import caption
 from .conditions import Condition, Preset, find_preset
 from .figures import TABLES, FigureConfig, read_json, table_file
 
-# %% ../../nbs/study/06_reading.ipynb #aec4fcdf
+# %% ../../nbs/study/06_reading.ipynb #a191983c
 @dataclass(frozen=True)
 class Metric:
     "One metric of `grading/metrics`: its name there, of greedy or sampled completions, of a format, at k samples."
@@ -39,7 +41,7 @@ class Metric:
             raise StudyError(f"{self}: the summary has no such row; see `grading/metrics` for the names")
         return chosen
 
-
+# %% ../../nbs/study/06_reading.ipynb #f3eb221f
 ACCURACY, GREEDY = Metric("accuracy"), Metric("pass_at_k", "greedy", k=1)
 
 
@@ -57,7 +59,7 @@ def majority_at(k: int) -> Metric:
     "maj@k of the sampled completions."
     return Metric("majority_at_k", k=k)
 
-# %% ../../nbs/study/06_reading.ipynb #2e886667
+# %% ../../nbs/study/06_reading.ipynb #ebe882bc
 def with_interval(row: pd.Series) -> str:
     "A value with its interval, `0.26 [0.24, 0.28]`."
     return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
@@ -67,9 +69,9 @@ def points(row: pd.Series) -> str:
     "A change with its interval, in hundredths: `+37.2 points [+30.0, +44.5]`."
     return f"{100 * row.value:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
 
-# %% ../../nbs/study/06_reading.ipynb #b103035c
+# %% ../../nbs/study/06_reading.ipynb #58fc93db
 def read_tables(config: FigureConfig, part: str, ship: bool) -> pd.DataFrame:
-    "One kind of table of all conditions of a figure. Raises `StudyError` if a table changed since the figure was planned."
+    "One kind of table of all conditions of a figure. Raises `StudyError` if one changed since it was planned."
     frames, hashes = [], config.shipped if ship else config.own
     for condition in config.conditions:
         file = table_file(condition, config.preset, part, ship)
@@ -79,7 +81,7 @@ def read_tables(config: FigureConfig, part: str, ship: bool) -> pd.DataFrame:
             frames.append(pd.read_parquet(file).assign(condition=condition.name))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-# %% ../../nbs/study/06_reading.ipynb #64119a6b
+# %% ../../nbs/study/06_reading.ipynb #e3a8b1c3
 @dataclass(eq=False)
 class Tables:
     "What a figure reads: one row per completion, per training step, per run; `own` holds the reader's completions."
@@ -102,7 +104,14 @@ class Tables:
     samples = property(lambda self: self.evaluation.loc[self.evaluation["mode"] == "sampled", "sample"].nunique())
     one_pretraining = property(lambda self: self.evaluation.pretraining_seed.nunique() == 1)
 
-# %% ../../nbs/study/06_reading.ipynb #e00c4c87
+    def sign(self, figure, *notes: str) -> str:
+        "Write under a figure what it rests on, and return it."
+        parameters = self.scale.decoders["default"].parameters_count
+        said = ["one pretraining"] * self.one_pretraining + ["white halo: your own seed"] * (len(self.own) > 0)
+        return caption(figure, self.problems, self.samples, len(self.seeds), self.preset, parameters,
+                       ", ".join([*said, *notes]))
+
+# %% ../../nbs/study/06_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step
 
 
@@ -128,7 +137,7 @@ class Results(Tables):
             known[condition, step] = summarise(self.rows(condition, step), self.ks)
         return known[condition, step]
 
-# %% ../../nbs/study/06_reading.ipynb #2e7247a4
+# %% ../../nbs/study/06_reading.ipynb #2ee215ac
 def value(results: Results, checkpoint: Checkpoint, metric: Metric) -> pd.Series:
     "A metric at a checkpoint: `value`, `low`, `high` and the completions or problems `n` behind it."
     return metric.select(results.summary(*checkpoint)).iloc[0]
@@ -143,10 +152,10 @@ def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
     "A metric along a condition, a row per checkpoint: `step`, `sampled`, `value`, `low`, `high`, `n`."
     steps = results.steps(condition)
     sampled = results.evaluation[results.evaluation.condition == condition].groupby("step").sampled.max()
-    points = [metric.select(results.summary(condition, step)).assign(step=step, sampled=sampled[step]) for step in steps]
-    return pd.concat(points, ignore_index=True)
+    rows = [metric.select(results.summary(condition, step)).assign(step=step, sampled=sampled[step]) for step in steps]
+    return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/study/06_reading.ipynb #0585caee
+# %% ../../nbs/study/06_reading.ipynb #a07d4992
 def metrics_by_seed(frame: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
     "All metrics of one checkpoint for every seed: the labels of a summary, and a column per seed."
     labels, sums = measure(frame, ks)                            # [S, P, 2, M]: numerators and denominators
@@ -168,18 +177,20 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
         if (key := (own, condition, step)) not in known:
             known[key] = metrics_by_seed(rows, results.ks)
         values = metric.select(known[key]).iloc[0][sorted(rows.seed.unique())].astype(float)
-        parts.append(values.rename_axis("seed").rename("value").reset_index().assign(step=step, sampled=rows.sampled.max()))
+        frame_of = values.rename_axis("seed").rename("value").reset_index()
+        parts.append(frame_of.assign(step=step, sampled=rows.sampled.max()))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
-# %% ../../nbs/study/06_reading.ipynb #5a71be4b
+# %% ../../nbs/study/06_reading.ipynb #d527f71d
 def format_sums(frame: pd.DataFrame, ks: Sequence[int]) -> np.ndarray:
     "Sampled completions in each of `FORMATS`, per seed and problem [S, P, F]."
     labels, sums = measure(frame, ks)  # [S, P, 2, M]
     return sums[:, :, 0, [share(format).select(labels).index[0] for format in FORMATS]]
 
 
-def format_distance(results: Results, before: Checkpoint, after: Checkpoint, control: Checkpoint | None = None) -> pd.Series:
-    "Share of the outputs that changed format between two checkpoints, with `control` beyond what changed up to that one."
+def format_distance(results: Results, before: Checkpoint, after: Checkpoint,
+                    control: Checkpoint | None = None) -> pd.Series:
+    "Share of the outputs that changed format between two checkpoints; with `control`, beyond its share."
     places = [before, after, *([control] if control else [])]
     sums = np.stack([format_sums(results.rows(*place), results.ks) for place in places], axis=-2)  # [S, P, places, F]
 
@@ -191,9 +202,9 @@ def format_distance(results: Results, before: Checkpoint, after: Checkpoint, con
     found, low, high = (np.ravel(bound)[0] for bound in crossed_interval(estimate, sums))
     return pd.Series({"value": found, "low": low, "high": high})
 
-# %% ../../nbs/study/06_reading.ipynb #cfe797ee
+# %% ../../nbs/study/06_reading.ipynb #6631b1e4
 def chance_of_decline(frame: pd.DataFrame, k: int, draws: int = 2000) -> float:
-    "How often checkpoints in random order end as far below their peak in pass@k as these do (one condition's completions)."
+    "How often the checkpoints of one condition, in random order, end as far below their peak in pass@k as these do."
     sampled = frame[frame["mode"] == "sampled"]
     cells = (sampled.outcome == "correct").groupby([sampled.seed, sampled.problem, sampled.step])
     correct, counts = cells.sum().unstack("step"), cells.size().unstack("step")   # [S·P, checkpoints]
@@ -202,13 +213,13 @@ def chance_of_decline(frame: pd.DataFrame, k: int, draws: int = 2000) -> float:
     generator = np.random.default_rng(0)
     return float(np.mean([fall(generator.permuted(values, axis=1)) >= fall(values) - 1e-12 for _ in range(draws)]))
 
-# %% ../../nbs/study/06_reading.ipynb #c88cd033
+# %% ../../nbs/study/06_reading.ipynb #2f693797
 def drawdown(rewards: pd.Series, smooth: int = 5) -> float:
     "Largest fall of the smoothed reward below its running maximum; one value per rollout batch."
     mean = rewards.rolling(smooth, min_periods=1).mean()
     return float((mean.cummax() - mean).max())
 
-# %% ../../nbs/study/06_reading.ipynb #cb77c2ed
+# %% ../../nbs/study/06_reading.ipynb #fcb9b668
 @dataclass(eq=False)
 class Verdict:
     "Predictions about a claim, measured."
@@ -218,7 +229,8 @@ class Verdict:
 
     def predict(self, prediction: str, measured: str, holds: bool, headline: bool = False) -> None:
         "Note what was measured of a prediction and whether it holds; without a `headline` the claim is not reproduced."
-        self.predictions.append({"prediction": prediction, "measured": measured, "holds": bool(holds), "headline": headline})
+        self.predictions.append({"prediction": prediction, "measured": measured, "holds": bool(holds),
+                                 "headline": headline})
 
     @property
     def status(self) -> str:
@@ -233,37 +245,41 @@ class Verdict:
         "A row per prediction: what was predicted, what was measured, whether it holds."
         return pd.DataFrame(self.predictions)[["prediction", "measured", "holds"]]
 
-# %% ../../nbs/study/06_reading.ipynb #1c9caa5d
+# %% ../../nbs/study/06_reading.ipynb #df8f128f
 def verdict_line(verdict: Verdict, finding: str, own: str = "") -> str:
     "Claim, status, what was found, how many predictions hold, which do not, and where the reader's seed lies."
     failed = "; ".join(f"{one['prediction']} ({one['measured']})" for one in verdict.predictions if not one["holds"])
     held = sum(one["holds"] for one in verdict.predictions)
-    parts = [finding, f"{held} of {len(verdict.predictions)} predictions hold", *([f"not as predicted: {failed}"] if failed else []),
-             *([f"what would refute it: {', '.join(verdict.refuted_by)}"] if verdict.refuted_by else [])]
-    return f"{verdict.claim} {verdict.status}: " + "; ".join(parts) + "." + (f" {own}" if own else "")
+    parts = [finding, f"{held} of {len(verdict.predictions)} predictions hold",
+             f"not as predicted: {failed}" if failed else "",
+             f"refuted by: {', '.join(verdict.refuted_by)}" if verdict.refuted_by else ""]
+    return f"{verdict.claim} {verdict.status}: {'; '.join(filter(None, parts))}. {own}".strip()
 
 
 def write_verdict(folder: Path, verdict: Verdict, results: Results, finding: str, own: str = "") -> str:
     "Write `verdict.json` into the folder of a figure; its line."
     line = verdict_line(verdict, finding, own)
     write_json(folder / "verdict.json", {
-        "claim": verdict.claim, "status": verdict.status, "line": line, "finding": finding, "own": own, "preset": results.preset,
-        "seeds": len(results.seeds), "one_pretraining": bool(results.one_pretraining), "predictions": verdict.predictions,
-        "refuted_by": verdict.refuted_by})
+        "claim": verdict.claim, "status": verdict.status, "line": line, "finding": finding, "own": own,
+        "preset": results.preset, "seeds": len(results.seeds), "one_pretraining": bool(results.one_pretraining),
+        "predictions": verdict.predictions, "refuted_by": verdict.refuted_by})
     return line
 
-# %% ../../nbs/study/06_reading.ipynb #08f58352
+# %% ../../nbs/study/06_reading.ipynb #70ec7d0c
 def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, Metric]) -> str:
-    "Where the reader's seeds lie among the shipped ones at a checkpoint, in a sentence per metric; empty if there are none."
-    own = results.own[(results.own.condition == checkpoint[0]) & (results.own.step == checkpoint[1])] if len(results.own) else results.own
-    if own.empty:
+    "Where the reader's seeds lie among the shipped ones at a checkpoint, one sentence; empty if there are none."
+    condition, step = checkpoint
+    own = results.own
+    if own.empty or (own := own[(own.condition == condition) & (own.step == step)]).empty:
         return ""
-    said = [f"{name} {place_of(seed_values(own, metric, results.ks), seed_values(results.rows(*checkpoint), metric, results.ks), results)}"
+    shipped = results.rows(condition, step)
+    said = [f"{name} {place_of(*(seed_values(rows, metric, results.ks) for rows in (own, shipped)), results)}"
             for name, metric in metrics.items()]
-    counted = "Your seed" if own.seed.nunique() == 1 else f"Your {own.seed.nunique()} seeds (mean)"
     if results.one_pretraining:
-        said.append("the shipped seeds share one pretraining, and pretrainings differ more than that, so their spread is too narrow to judge by")
-    return f"{counted} ({checkpoint[0]}): {'; '.join(said)}."
+        said.append("the shipped seeds share one pretraining, and pretrainings differ more than that, so their spread "
+                    "is too narrow to judge by")
+    counted = "Your seed" if own.seed.nunique() == 1 else f"Your {own.seed.nunique()} seeds (mean)"
+    return f"{counted} ({condition}): {'; '.join(said)}."
 
 
 def place_of(own: pd.Series, shipped: pd.Series, results: Results) -> str:

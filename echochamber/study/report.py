@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['section', 'report']
 
-# %% ../../nbs/study/09_report.ipynb #37f830c0
+# %% ../../nbs/study/09_report.ipynb #15c693b3
 from pathlib import Path
 
 from ..core import StudyError, outputs_folder
 from .figures import FIGURES, picture_file, read_json
 
-# %% ../../nbs/study/09_report.ipynb #29d49678
+# %% ../../nbs/study/09_report.ipynb #2ead55c8
 def section(file: Path, verdict: dict) -> str:
     "One verdict in Markdown: its line, its predictions as a table, its picture."
     ship, preset, name = file.parents[1].name == "results", file.parent.name, file.stem
     title = FIGURES[name].title if name in FIGURES else name
     picture = picture_file(name, preset, ship=ship).relative_to(outputs_folder()).as_posix()
-    rows = [f"| {one['prediction']} | {one['measured']} | {'yes' if one['holds'] else '**no**'} |" for one in verdict["predictions"]]
-    return "\n".join([f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |", "|---|---|---|",
-                      *rows, "", f"![{name}]({picture})", "", f"Preset `{preset}`, {verdict['seeds']} seed(s), "
-                      f"{'shipped with the repository' if ship else 'computed here'}."])
+    holds = {True: "yes", False: "**no**"}
+    rows = [f"| {one['prediction']} | {one['measured']} | {holds[one['holds']]} |" for one in verdict["predictions"]]
+    where = "shipped with the repository" if ship else "computed here"
+    return "\n".join([
+        f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |", "|---|---|---|",
+        *rows, "", f"![{name}]({picture})", "", f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
 
 
 def report() -> str:

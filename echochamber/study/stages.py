@@ -27,7 +27,7 @@ class PretrainConfig(StrictConfig):
     decoder: DecoderConfig = Field(description="shape of the model; its context is the length of packed rows")
     batch_size: int = Field(16, gt=0, description="rows per optimiser step")
     fit: FitConfig
-    compiled: bool = Field(False, description="fuse the work of a step: pays for a long run, needs a C++ compiler on CPUs")
+    compiled: bool = Field(False, description="fuse the work of a step: pays for long runs, needs a compiler on CPUs")
     snapshots: tuple[int, ...] = Field((), description="optimiser steps whose model is kept beside the last one")
     seed: int = Field(0, ge=0, description="seed of the weights and of the order of rows")
 
@@ -57,7 +57,7 @@ def steps_of(algorithm: Algorithm, questions: int) -> int:
 
 
 def completions_sampled(algorithm: Algorithm, questions: int, step: int) -> int:
-    "Completions that an algorithm has sampled when it has made `step` steps (rounds): what RL pays for; none for the control."
+    "Completions that an algorithm has sampled after `step` steps (rounds): what RL pays for; none for the control."
     match algorithm:
         case SupervisedConfig():
             return 0
@@ -71,12 +71,12 @@ class FinetuneConfig(StrictConfig):
     "RL (or its supervised control) on a model: which prompts, which algorithm, which steps are kept for evaluation."
     model: str = Field(description="reference of the pretraining run to start from, `pretrain/<name>-<hash>`")
     step: int | None = Field(None, ge=0, description="snapshot to start from [optimiser steps]; the last one if None")
-    problems: ProblemConfig = Field(ProblemConfig(), description="problems whose questions are the prompts, split `train`")
+    problems: ProblemConfig = Field(ProblemConfig(), description="what the prompts are drawn from, split `train`")
     questions: int = Field(gt=0, description="number of training prompts; one pass over them is an episode")
     algorithm: Algorithm = Field(description="the algorithm; its `kind` says which loop trains it")
     solutions: tuple[SourceConfig, ...] = Field((), description="sources whose solutions a supervised run imitates")
-    snapshots: tuple[int, ...] = Field((), description="optimiser steps (rounds, for Expert Iteration) whose model is kept, "
-                                                       "0 is the start; empty for a logarithmic grid")
+    snapshots: tuple[int, ...] = Field((), description="optimiser steps (rounds, for Expert Iteration) whose model is "
+                                                       "kept, 0 is the start; empty for a logarithmic grid")
     seed: int = Field(0, ge=0, description="seed of the prompts")
 
     total_steps = property(lambda self: steps_of(self.algorithm, self.questions))
@@ -86,9 +86,9 @@ class FinetuneConfig(StrictConfig):
     def parts_agree(self):
         if wrong := [step for step in self.snapshots if not 0 <= step <= self.total_steps]:
             raise ValueError(f"snapshots {wrong} lie outside the run of {self.total_steps} steps")
-        if (kind := self.algorithm.kind) != "supervised" and self.solutions or kind == "supervised" and not self.solutions:
-            raise ValueError("`solutions` are what a supervised run imitates: give them with kind `supervised` and only "
-                             f"there, not with {kind}")
+        if ((kind := self.algorithm.kind) == "supervised") != bool(self.solutions):
+            raise ValueError("`solutions` are what a supervised run imitates: give them with kind `supervised` and "
+                             f"only there, not with {kind}")
         return self
 
 # %% ../../nbs/study/03_stages.ipynb #8c190e87
@@ -96,12 +96,12 @@ class EvaluateConfig(StrictConfig):
     "Measure checkpoints on a benchmark: greedy once and sampled `samples` times per question."
     model: str = Field(description="reference of a finished run, or the folder of one checkpoint")
     model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
-    steps: tuple[int, ...] = Field((), description="snapshots of the run to evaluate; empty for all, or for one checkpoint")
+    steps: tuple[int, ...] = Field((), description="snapshots of the run to evaluate; empty for all or one checkpoint")
     benchmark: str = Field("mini-gsm", description="mini-gsm, mini-math, gsm8k, math500 or aime")
     problems: ProblemConfig = Field(ProblemConfig(), description="what mini-gsm draws from, and mini-math goes beyond")
     data: str | None = Field(None, description="JSON-lines file with the benchmark, instead of the Hub")
     data_hash: str | None = Field(None, description="content hash of that file, so that another file is another run")
-    questions: int | None = Field(None, gt=0, description="only so many questions, a fixed choice from the whole benchmark")
+    questions: int | None = Field(None, gt=0, description="only so many questions, a fixed choice from all")
     samples: int = Field(64, ge=0, description="sampled completions per question; 0 for greedy only")
     sampling: SamplingConfig = Field(SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.95),
                                      description="how the sampled completions are drawn")
@@ -109,4 +109,5 @@ class EvaluateConfig(StrictConfig):
     seed: int = Field(0, ge=0, description="seed of the samples")
 
 # %% ../../nbs/study/03_stages.ipynb #adab3ae3
-STAGES: dict[str, type[StrictConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
+STAGES: dict[str, type[StrictConfig]] = {
+    "pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}

@@ -7,7 +7,7 @@ __all__ = ['Share', 'score_with_reference_and_critic', 'estimate_advantages', 'j
            'trim_padding', 'split_micro_batches', 'split_experience', 'weighted_step', 'RolloutData', 'sample_share',
            'RolloutLoader']
 
-# %% ../../nbs/training/07_experience.ipynb #7aee2d88
+# %% ../../nbs/training/07_experience.ipynb #24f598a7
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,18 +21,34 @@ from tokenizers import Tokenizer
 from ..core import StudyError, write_frame
 from ..data.benchmarks import Question
 from ..models.decoder import Decoder, token_log_probs
-from .advantages import (
-    GROUP_ESTIMATORS, centre, explained_variance, penalised_rewards, rewards_to_go, whiten)
+
+# %% ../../nbs/training/07_experience.ipynb #839a74a9
+from echochamber.training.advantages import (
+    GROUP_ESTIMATORS,
+    centre,
+    explained_variance,
+    penalised_rewards,
+    rewards_to_go,
+    whiten,
+)
 from .algorithms import OnPolicyConfig, RolloutConfig
 from .critic import Critic, critic_advantages
 from .diagnostics import rollout_statistics
 from .distributed import process_count, process_rank, together
 from .losses import LossConfig, live_tokens, loss_weights
 from echochamber.training.rollouts import (
-    GradesCompletions, Rollouts, align_rollouts, join_rollouts, pad_and_concatenate, prompt_order, rollouts_frame,
-    row_seeds, sample_and_grade)
+    GradesCompletions,
+    Rollouts,
+    align_rollouts,
+    join_rollouts,
+    pad_and_concatenate,
+    prompt_order,
+    rollouts_frame,
+    row_seeds,
+    sample_and_grade,
+)
 
-# %% ../../nbs/training/07_experience.ipynb #b845e61a
+# %% ../../nbs/training/07_experience.ipynb #1b8ca59b
 def apply_in_chunks(network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor,
                     rows: int) -> torch.Tensor:
     "`function(tokens)` [N, ...] in fp32 on the CPU, computed where `network` lies, `rows` rows at a time."
@@ -53,7 +69,7 @@ def score_with_reference_and_critic(rollouts: Rollouts, config: RolloutConfig, r
         experience["values"] = apply_in_chunks(critic, lambda chunk: critic(chunk[:, :-1]), tokens, rows)
     return experience
 
-# %% ../../nbs/training/07_experience.ipynb #732604bc
+# %% ../../nbs/training/07_experience.ipynb #4eefc5e9
 def completion_advantages(rewards: torch.Tensor, config: OnPolicyConfig, whiten_after_penalty: bool) -> torch.Tensor:
     "What each completion earns before any penalty: rewards [B, G] → [N], centred and scaled as the estimator does."
     if config.critic is not None:
@@ -100,7 +116,7 @@ def finish_experience(rollouts: Rollouts, experience: dict[str, torch.Tensor],
         metrics["explained_variance"] = variance.item()
     return experience, metrics
 
-# %% ../../nbs/training/07_experience.ipynb #9b6f2ca7
+# %% ../../nbs/training/07_experience.ipynb #718c39fd
 def row_ends(mask: torch.Tensor) -> torch.Tensor:
     "Place after the last live token of each row of `mask` [N, T] → [N]; 0 without one."
     return (mask * torch.arange(1, mask.shape[1] + 1)).amax(-1)
@@ -139,7 +155,7 @@ def weighted_step(step: dict[str, torch.Tensor], config: LossConfig) -> dict[str
     "The rows of an optimiser step with the `weights` [N, T-1] of their tokens in its loss."
     return step | {"weights": loss_weights(live_tokens(step["mask"], step["ended"], config), config)}
 
-# %% ../../nbs/training/07_experience.ipynb #d8d36e3a
+# %% ../../nbs/training/07_experience.ipynb #f31c2a85
 def keep_for_people(rollouts: Rollouts, rollout: int, folder: Path, prompts: int = 4) -> None:
     "Write the samples of the first few prompts of a rollout batch to `folder/samples`."
     samples = len(rollouts.texts) // len(rollouts.questions)
@@ -170,7 +186,7 @@ class RolloutData(L.LightningDataModule):
             keep_for_people(rollouts, rollout, self.folder)
         return finish_experience(rollouts, experience, self.config)
 
-# %% ../../nbs/training/07_experience.ipynb #af36e5dd
+# %% ../../nbs/training/07_experience.ipynb #f75de4d4
 def sample_share(data: RolloutData, rollout: int) -> Share:
     "This process's share of rollout batch `rollout`: graded rollouts and scores, in the precision of the trainer."
     config = data.config.rollouts
