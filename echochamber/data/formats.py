@@ -152,7 +152,7 @@ LEXEME = re.compile(r'''\#[^\n]*+ | \\\n | \n | [()\[\]{}]
 
 LONGEST_HEADER = 1_000  # characters of a logical line
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a41
 def statement_ends(text: str, start: int) -> tuple[int, int]:
     "Where the first logical line of the statement at `start` ends, and where its indented block does."
     depth, header, comment = 0, None, None
