@@ -35,7 +35,7 @@ def sampler_gap(metrics: dict[str, float], first_step: bool) -> dict[str, float]
 
 # %% ../../nbs/training/08_steps.ipynb #94e81114
 class LoggedModule(L.LightningModule):
-    "Clips the gradient of each network by itself, logs each step once. Raises `StudyError` if one is not finite."
+    "Clips the gradient of each network by itself, and logs every optimiser step once."
 
     def __init__(self, networks: dict[str, torch.nn.Module], config: FitConfig):
         super().__init__()
@@ -44,6 +44,7 @@ class LoggedModule(L.LightningModule):
         self.rollout_metrics, self.first_step = {}, False  # of the rollout batch that it is made from
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        "Before the update of a step. Raises `StudyError` if a gradient is not finite."
         for name, network in self.networks.items():
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.optimiser.clip_norm)
             if not torch.isfinite(norm):
