@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echochamber.core import StudyError, project_root
-from echochamber.training.distributed import together
+from echochamber.training.distributed import run_on_all_ranks
 
 HERE = Path(__file__).parent
 HANG = 900  # seconds; a busy machine may need many times what an idle one does, and only a hang needs it all
@@ -101,11 +101,11 @@ import sys
 sys.ps1 = ">>> "
 from process_cases import grpo_config, toy_task, train_policy
 from echochamber.core import StudyError
-from echochamber.training.distributed import process_rank
+from echochamber.training.distributed import global_rank
 
 class Broken:
     def grade(self, completions, answers):
-        if process_rank() == 1:
+        if global_rank() == 1:
             raise StudyError("the grader of the second process is ill; heal it")
         return toy_task()[3].grade(completions, answers)
 
@@ -132,7 +132,7 @@ def hear(rank: int, folder: Path) -> None:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        together(work)
+        run_on_all_ranks(work)
     except StudyError as error:
         (folder / f"heard-{rank}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()

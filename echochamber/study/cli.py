@@ -224,7 +224,7 @@ def grade(file: CompletionsArgument, out: OutOption = None) -> None:
     frame = read_completions(file)
     with Grader() as grader:
         graded = grade_frame(frame, grader)
-    say(*evaluation_lines(as_evaluation(graded), grader.judge.failures))
+    say(*evaluation_lines(as_evaluation(graded), grader.comparer.failures))
     if out:
         write_frame(out, graded[[*FIELDS, "format", "extracted", "outcome", "strict"]])
         say("", f"every completion: {out}")
