@@ -13,9 +13,9 @@ from echochamber.models.decoder import Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig
 from echochamber.training.algorithms import OnPolicyConfig, grpo_config, ppo_config, reinforce_config
 from echochamber.training.critic import CriticConfig
-from echochamber.training.distributed import process_rank
+from echochamber.training.distributed import global_rank
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
-from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
+from echochamber.training.fitting import FitConfig, OptimiserConfig, SnapshotCallback
 from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import pretrain
 from echochamber.training.supervised import Example, SupervisedConfig, train_supervised
@@ -29,8 +29,8 @@ def save(model: Decoder, folder: Path, moment: str) -> None:
     torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / f"weights-{moment}.pt")
 
 
-def keep_first(model: Decoder, folder: Path) -> Snapshots:
-    return Snapshots([1], lambda step: save(model, folder, "first"))
+def keep_first(model: Decoder, folder: Path) -> SnapshotCallback:
+    return SnapshotCallback([1], lambda step: save(model, folder, "first"))
 
 
 def fail_at_four(step: int, steps: int, message: str) -> None:
@@ -87,7 +87,7 @@ class Rows:
 
     def __iter__(self):
         for rows in torch.randint(11, (10, 4, 9), generator=torch.Generator().manual_seed(0)):
-            yield rows.chunk(self.processes)[process_rank()]
+            yield rows.chunk(self.processes)[global_rank()]
 
 
 def pretraining_case(processes: int, folder: Path) -> tuple[Decoder, pd.DataFrame]:
@@ -115,8 +115,8 @@ def train_all(processes: int, folder: Path) -> None:
     for name, train in CASES.items():
         (folder / name).mkdir(parents=True, exist_ok=True)  # the second process comes later
         model, history = train(processes, folder / name)
-        save(model, folder / name, f"last-{process_rank()}")
-        if process_rank() == 0:
+        save(model, folder / name, f"last-{global_rank()}")
+        if global_rank() == 0:
             history.to_parquet(folder / name / "history.parquet")
 
 

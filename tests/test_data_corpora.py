@@ -9,12 +9,12 @@ from tokenizers import Regex, pre_tokenizers
 from echochamber.core import StudyError
 from echochamber.data.corpora import (
     MIXTURES,
-    PIECE,
+    PRETOKEN,
     MixtureConfig,
     SourceConfig,
     build_corpus,
     corpus_hash,
-    find_pieces,
+    find_pretokens,
 )
 from echochamber.data.formats import recognise
 from echochamber.data.problems import split_of
@@ -92,13 +92,13 @@ def test_the_hash_changes_with_the_content_only():
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_pieces_are_lossless(text):
-    assert "".join(find_pieces(text)) == text
+    assert "".join(find_pretokens(text)) == text
 
 
 @given(st.text(st.sampled_from("aZé_ 12\n\t.,<>={}\\?'\"-")))
 def test_the_tokenizers_engine_splits_alike(text):
-    split = pre_tokenizers.Split(Regex(PIECE), "isolated").pre_tokenize_str(text)
-    assert [piece for piece, _ in split] == find_pieces(text)
+    split = pre_tokenizers.Split(Regex(PRETOKEN), "isolated").pre_tokenize_str(text)
+    assert [piece for piece, _ in split] == find_pretokens(text)
 
 
 @pytest.mark.parametrize("values, word", [

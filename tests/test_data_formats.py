@@ -14,7 +14,7 @@ from echochamber.data.formats import (
     FORMATS,
     RENDERERS,
     StyleConfig,
-    document,
+    join_document,
     last_box,
     parse_completion,
     recognise,
@@ -189,7 +189,7 @@ def test_rendered_solutions_are_recognised_whatever_the_style(problem, format, s
     solution = render_solution(problem, format, style, random.Random(seed))
     assert recognise(solution) == recognise("\n\n" + solution) == format
     assert solution == render_solution(problem, format, style, random.Random(seed))
-    assert document(problem.question, solution).startswith(problem.question + "\n\n")
+    assert join_document(problem.question, solution).startswith(problem.question + "\n\n")
     assert set(solution) <= set(string.printable)
 
 

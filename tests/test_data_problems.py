@@ -13,15 +13,15 @@ from echochamber.data.problems import (
     Bounds,
     ProblemConfig,
     calculate,
-    cast,
     draw_chain,
+    draw_names,
     generate_problems,
     out_of_distribution,
     solve,
     split_of,
     stories,
-    tell,
     valid_operands,
+    write_story,
 )
 
 
@@ -59,7 +59,7 @@ def test_every_config_that_is_accepted_yields_problems_that_obey_it(values, seed
     assume((config := accepted(values)) is not None)
     rng = random.Random(seed)
     for family in config.families * 5:
-        problem = tell(family, *draw_chain(rng, family, config), cast(rng))
+        problem = write_story(family, *draw_chain(rng, family, config), draw_names(rng))
         assert problem.family in config.families
         assert config.operations[0] <= problem.level <= config.operations[1]
         assert solve(problem.steps) == int(problem.answer) == problem.steps[-1].result.value

@@ -16,10 +16,10 @@ from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
 from echochamber.data.tokens import (
     END_TOKEN,
     PackedData,
+    epoch_rows,
     load_tokenizer,
     pack_corpus,
     pack_documents,
-    rows_at,
     save_tokenizer,
     train_tokenizer,
 )
@@ -79,8 +79,8 @@ def test_packing_keeps_the_stream(documents, context):
 
 @given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 3))
 def test_positions_are_a_pure_function(rows, start, length, seed):
-    whole = rows_at(0, start + length + 1, rows, seed)
-    assert (rows_at(start, start + length, rows, seed) == whole[start:start + length]).all()
+    whole = epoch_rows(0, start + length + 1, rows, seed)
+    assert (epoch_rows(start, start + length, rows, seed) == whole[start:start + length]).all()
     for epoch in range(len(whole) // rows):
         assert sorted(whole[epoch * rows:(epoch + 1) * rows]) == list(range(rows))
 
@@ -129,4 +129,4 @@ def test_two_processes_share_each_batch_of_one(tmp_path):
     for step in range(6):  # two micro-batches of two rows on each of two ranks
         parts = [ranks[rank][2 * step + micro_batch] for micro_batch in (0, 1) for rank in (0, 1)]
         assert [len(part) for part in parts] == [2, 2, 2, 2]
-        assert sum(parts, []) == rows_at(8 * step, 8 * step + 8, 20, seed=3).tolist()
+        assert sum(parts, []) == epoch_rows(8 * step, 8 * step + 8, 20, seed=3).tolist()

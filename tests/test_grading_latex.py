@@ -10,42 +10,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echochamber.core import StudyError, project_root
-from echochamber.grading.latex import LatexJudge
+from echochamber.grading.latex import LatexComparer
 
 
 @pytest.fixture(scope="module")
-def judge():
-    with closing(LatexJudge()) as judge:
-        yield judge
+def comparer():
+    with closing(LatexComparer()) as comparer:
+        yield comparer
 
 
 def test_a_failing_comparison_is_counted_and_the_next_one_served():
-    with closing(LatexJudge(seconds=1)) as judge:
-        assert not judge("7", "9^{9^{9^9}}") and judge.failures == 1
-        assert judge(r"\frac{1}{2}", "0.5") and judge.failures == 1
-        judge.process.kill()
-        judge.process.wait()
-        assert not judge("x", "y") and judge.failures == 2  # dead between two questions
-        assert judge("2k+2", "2(k+1)") and (judge.calls, judge.failures) == (4, 2)
+    with closing(LatexComparer(seconds=1)) as comparer:
+        assert not comparer("7", "9^{9^{9^9}}") and comparer.failures == 1
+        assert comparer(r"\frac{1}{2}", "0.5") and comparer.failures == 1
+        comparer.process.kill()
+        comparer.process.wait()
+        assert not comparer("x", "y") and comparer.failures == 2  # dead between two questions
+        assert comparer("2k+2", "2(k+1)") and (comparer.calls, comparer.failures) == (4, 2)
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="only Linux tells the limits of another process")
 def test_memory_is_limited():
-    with closing(LatexJudge(memory_mb=700)) as judge:
-        judge.start()
-        assert psutil.Process(judge.process.pid).rlimit(psutil.RLIMIT_AS) == (700 * 2**20,) * 2
+    with closing(LatexComparer(memory_mb=700)) as comparer:
+        comparer.start()
+        assert psutil.Process(comparer.process.pid).rlimit(psutil.RLIMIT_AS) == (700 * 2**20,) * 2
 
 
 def test_a_judge_that_cannot_start_is_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StudyError, match="reinstall"):
-        LatexJudge()("1", "2")
+        LatexComparer()("1", "2")
 
 
 @given(text=st.text(max_size=60) | st.text(alphabet="0123456789xk+-*/^_(){}[]\\frac sqrt pi,=", max_size=40))
-def test_any_text_gets_a_verdict(judge, text):
-    assert judge("7", text) in (True, False)
-    assert judge("2k+2", "2(k+1)")
+def test_any_text_gets_a_verdict(comparer, text):
+    assert comparer("7", text) in (True, False)
+    assert comparer("2k+2", "2(k+1)")
 
 
 def test_no_file_of_the_working_folder_is_executed(tmp_path, monkeypatch):
@@ -54,8 +54,8 @@ def test_no_file_of_the_working_folder_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.:{project_root()}")
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
-    with closing(LatexJudge()) as judge:
-        assert judge("2k+2", "2(k+1)")
+    with closing(LatexComparer()) as comparer:
+        assert comparer("2k+2", "2(k+1)")
     assert not (tmp_path / "executed").exists()
 
 
@@ -63,12 +63,12 @@ def test_no_file_of_the_working_folder_is_executed(tmp_path, monkeypatch):
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False), (r"\sqrt{2}", "1.414214", True), (r"\frac{\sqrt{2}}{10^9}", r"\frac{\sqrt{3}}{10^9}", False),
     ("0", "0.0", True), (r"\infty", r"+\infty", True), ("1,2", "2,1", True),
 ])
-def test_numbers_agree_in_digits_whatever_their_size(judge, gold, answer, equal):
-    assert judge(gold, answer) == equal
+def test_numbers_agree_in_digits_whatever_their_size(comparer, gold, answer, equal):
+    assert comparer(gold, answer) == equal
 
 
 def test_the_process_dies_with_its_parent():
-    code = ("from echochamber.grading.latex import LatexJudge\njudge = LatexJudge(seconds=1)\njudge.start()\n"
+    code = ("from echochamber.grading.latex import LatexComparer\njudge = LatexComparer(seconds=1)\njudge.start()\n"
             "print(judge.process.pid, flush=True)\njudge('7', '9^{9^{9^9}}')")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))

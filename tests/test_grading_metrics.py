@@ -20,12 +20,12 @@ from echochamber.grading.metrics import (
     majority_at_k,
     majority_curve,
     majority_vote,
+    paired_difference,
     pass_at_k,
     prediction_interval,
     share,
     share_interval,
     summarise,
-    summarise_change,
 )
 
 
@@ -164,7 +164,7 @@ def test_bad_evaluations_are_one_sentence():
     with pytest.raises(StudyError, match="rows"):
         summarise(frame.iloc[:0])
     with pytest.raises(StudyError, match="alike"):
-        summarise_change(frame, imagine(4, 2))
+        paired_difference(frame, imagine(4, 2))
 
 
 def test_default_ks_reach_the_fewest_samples():
@@ -175,10 +175,10 @@ def test_default_ks_reach_the_fewest_samples():
 
 def test_changes_need_the_same_seeds_but_not_the_same_order():
     frame = pd.concat([imagine(8, 1, mode="greedy"), imagine(8, 4)], ignore_index=True).assign(seed=0)
-    assert (summarise_change(frame, frame[::-1]).value.dropna() == 0).all()
-    assert (summarise_change(frame, frame.drop(columns="seed")).value.dropna() == 0).all()
+    assert (paired_difference(frame, frame[::-1]).value.dropna() == 0).all()
+    assert (paired_difference(frame, frame.drop(columns="seed")).value.dropna() == 0).all()
     with pytest.raises(StudyError, match="seeds"):
-        summarise_change(frame, frame.assign(seed=7))
+        paired_difference(frame, frame.assign(seed=7))
 
 
 @pytest.mark.filterwarnings("error")
@@ -235,12 +235,12 @@ def test_the_paired_interval_is_narrower_than_two_separate_ones():
         return frame.assign(outcome=np.where(right, "correct", "wrong"), extracted="18")
 
     before, after = evaluate(0, 1), evaluate(0.05, 2)
-    change = pick(summarise_change(before, after), "accuracy", format="all")
+    change = pick(paired_difference(before, after), "accuracy", format="all")
     separate = [pick(summarise(frame), "accuracy", format="all") for frame in (before, after)]
     assert np.isclose(change.value, separate[1].value - separate[0].value)
     assert change.high - change.low < 0.5 * sum(each.high - each.low for each in separate)
     assert change.low > 0
-    nothing = pick(summarise_change(before, before), "accuracy", format="all")
+    nothing = pick(paired_difference(before, before), "accuracy", format="all")
     assert nothing.value == 0 and 0 < nothing.high == -nothing.low < 0.01  # no change in 300 problems, not none anywhere
 
 
@@ -317,7 +317,7 @@ def test_a_format_that_one_seed_still_writes_rests_on_one_seed():
     accuracy = pick(summary, "accuracy", format="omi2")
     assert accuracy.seeds == 1 and accuracy.low < accuracy.value < accuracy.high < 1
     assert pick(summary, "format_share", format="omi2").seeds == 3
-    change = summarise_change(frame, frame, (1,))
+    change = paired_difference(frame, frame, (1,))
     assert pick(change, "accuracy", format="omi2").seeds == 1 and pick(change, "format_share", format="omi2").seeds == 3
 
 
@@ -337,7 +337,7 @@ def test_every_interval_holds_its_value_inside_its_bounds():
     for seed, (problems, samples, seeds) in enumerate([(1, 1, 1), (1, 4, 3), (2, 2, 2), (7, 3, 5), (30, 2, 1)]):
         frames = [[imagine(problems, samples, 97 * seed + 7 * s + shift).assign(seed=s) for s in range(seeds)] for shift in (0, 3)]
         before, after = (pd.concat(frame, ignore_index=True) for frame in frames)
-        for table, least in ((summarise(before), 0), (summarise_change(before, after), -1)):
+        for table, least in ((summarise(before), 0), (paired_difference(before, after), -1)):
             known = table.dropna(subset=["value"])
             assert len(known) and ((least <= known.low) & (known.low <= known.value + 1e-12)).all()
             assert ((known.value <= known.high + 1e-12) & (known.high <= 1)).all()

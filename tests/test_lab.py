@@ -138,7 +138,7 @@ def look(page: Page, url: str, pictures: int) -> tuple[str, list]:
     return until(lambda: (page.value(name) or "").replace("No Kernel", "").strip()), page.value(PICTURES)
 
 
-@pytest.mark.parametrize("path", ["nbs/figures/convergence.ipynb", "nbs/training/02_advantages.ipynb"])
+@pytest.mark.parametrize("path", ["nbs/figures/convergence.ipynb", "nbs/training/03_advantages.ipynb"])
 def test_pictures_and_kernel(path, lab, page):
     kernel, pictures = look(page, f"{lab}/lab/tree/{path}?token={TOKEN}&reset", pictures_of(path))
     assert pictures and not [source for _, width, source in pictures if width == 0] and kernel == "Echo Chamber"

@@ -46,7 +46,7 @@ def test_completions_do_not_depend_on_split_order_or_company(prompts, samples, t
     assert torch.equal(moved.ended, whole.ended[rows])
     torch.testing.assert_close(moved.log_probs, whole.log_probs[rows], atol=1e-4, rtol=0)
     fewer = generate(decoder, prompts, 1, sampling, seeds=range(len(prompts)))        # sample 0 knows nothing of the others
-    assert fewer.lists() == whole.lists()[::samples]
+    assert fewer.token_lists() == whole.token_lists()[::samples]
 
 
 @given(batches(), temperatures, st.integers(1, 70), st.integers(0, 3))
@@ -90,8 +90,8 @@ def test_compaction_keeps_the_living_rows_whole_whatever_the_pattern(patterns, s
     history = {row: [] for row in range(12)}                                           # what each row has written
     live = torch.arange(12)
     for pattern in [[True] * 12, *patterns]:
-        order = compact(cache, going := torch.tensor(pattern)[:len(live)])
-        assert sorted(live[order].tolist()) == sorted(live[going].tolist())
+        order = compact(cache, alive := torch.tensor(pattern)[:len(live)])
+        assert sorted(live[order].tolist()) == sorted(live[alive].tolist())
         live = live[order]
         if not len(live):
             break

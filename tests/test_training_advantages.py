@@ -11,13 +11,13 @@ from listed_language import LIVE, STATE, gradient, probabilities, random_rewards
 from echochamber.core import StudyError
 from echochamber.training.advantages import (
     GROUP_ESTIMATORS,
+    add_kl_penalty,
     batch_advantages,
     explained_variance,
     generalised_advantages,
     group_advantages,
     leave_one_out_advantages,
-    penalised_rewards,
-    rewards_to_go,
+    returns_to_go,
     whiten,
 )
 
@@ -109,7 +109,7 @@ def test_reinforce_baseline_equals_the_release():
         later = mask[n, t:].nonzero().flatten() + t
         slow[n, t] = centred[n] - 0.05 * ratio[n, later].sum()
     slow_white = (slow - slow[mask].mean()) / slow[mask].var(correction=0).clamp(min=1e-8).sqrt()
-    ours = whiten(rewards_to_go(penalised_rewards(centred, ratio, mask, beta=0.05), mask), mask)
+    ours = whiten(returns_to_go(add_kl_penalty(centred, ratio, mask, beta=0.05), mask), mask)
     torch.testing.assert_close(ours, slow_white * mask, atol=1e-5, rtol=1e-4)
 
 
@@ -120,11 +120,11 @@ def test_penalised_rewards_equal_the_release():
     slow = -0.01 * ratio * mask
     for n in range(8):
         slow[n, mask[n].nonzero().max()] += rewards[n]
-    close(penalised_rewards(rewards, ratio, mask, beta=0.01), slow)
+    close(add_kl_penalty(rewards, ratio, mask, beta=0.01), slow)
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1))
-def test_gae_equals_the_double_sum_with_rubbish_around(seed, rows, width, gamma, lam):
+def test_gae_equals_the_double_sum_with_rubbish_around(seed, rows, width, gamma, gae_lambda):
     mask = stretches(seed, rows, width)
     rewards, values = noise(seed, rows, width).double(), noise(seed + 1, rows, width).double()
     slow = torch.zeros_like(rewards)
@@ -132,9 +132,9 @@ def test_gae_equals_the_double_sum_with_rubbish_around(seed, rows, width, gamma,
         last = int(mask[n].nonzero().max())
         for k in range(t, last + 1):
             following = values[n, k + 1] if k < last else 0.
-            slow[n, t] += (gamma * lam) ** (k - t) * (rewards[n, k] + gamma * following - values[n, k])
+            slow[n, t] += (gamma * gae_lambda) ** (k - t) * (rewards[n, k] + gamma * following - values[n, k])
     rewards[~mask], values[~mask] = torch.nan, torch.inf
-    advantages, returns = generalised_advantages(rewards, values, mask, gamma, lam)
+    advantages, returns = generalised_advantages(rewards, values, mask, gamma, gae_lambda)
     torch.testing.assert_close(advantages, slow)
     torch.testing.assert_close(returns, torch.where(mask, slow + values, 0.))
 
@@ -187,10 +187,10 @@ def test_expected_gradient_with_a_batch_baseline():
 # --- exactness: advantages per token ----------------------------------------------------------------------------------
 
 
-def critic_gradient(table, rewards, forecast, lam):
+def critic_gradient(table, rewards, forecast, gae_lambda):
     "Expected gradient with GAE and a critic that forecasts `forecast[state]`."
     values, nothing = forecast[STATE], torch.zeros(15, 3, dtype=torch.float64)
-    advantages, _ = generalised_advantages(penalised_rewards(rewards, nothing, LIVE, 0.), values, LIVE, lam=lam)
+    advantages, _ = generalised_advantages(add_kl_penalty(rewards, nothing, LIVE, 0.), values, LIVE, gae_lambda=gae_lambda)
     per_completion = torch.where(LIVE, advantages * token_log_probs(table), 0.).sum(-1)
     return gradient(probabilities(table).detach() @ per_completion, table)
 
@@ -208,17 +208,17 @@ def true_values(table, rewards):
 def test_gae_is_unbiased_with_any_critic_at_lambda_one_and_with_a_true_critic_at_any_lambda(seed):
     table, rewards, wrong = random_table(seed), random_rewards(seed), noise(seed, 7).double()
     truth = gradient(probabilities(table) @ rewards, table)
-    close(critic_gradient(table, rewards, wrong, lam=1.), truth)
-    for lam in (0., 0.5, 0.95):
-        close(critic_gradient(table, rewards, true_values(table, rewards), lam), truth)
-        assert (critic_gradient(table, rewards, wrong, lam) - truth).abs().max() > 1e-3
+    close(critic_gradient(table, rewards, wrong, gae_lambda=1.), truth)
+    for gae_lambda in (0., 0.5, 0.95):
+        close(critic_gradient(table, rewards, true_values(table, rewards), gae_lambda), truth)
+        assert (critic_gradient(table, rewards, wrong, gae_lambda) - truth).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_k1_in_the_reward_is_the_gradient_of_the_divergence_of_completions(seed):
     table, reference, rewards = random_table(seed), random_table(seed + 10).detach(), random_rewards(seed)
     ratio = token_log_probs(table) - token_log_probs(reference)
-    advantages = rewards_to_go(penalised_rewards(rewards, ratio.detach(), LIVE, beta=0.3), LIVE)
+    advantages = returns_to_go(add_kl_penalty(rewards, ratio.detach(), LIVE, beta=0.3), LIVE)
     per_completion = torch.where(LIVE, advantages * token_log_probs(table), 0.).sum(-1)
     divergence = probabilities(table) @ (probabilities(table) / probabilities(reference)).log()
     close(gradient(probabilities(table).detach() @ per_completion, table),
@@ -240,7 +240,7 @@ def test_whitening_standardises_what_is_live(seed, rows, width, offset):
 
 def test_rows_without_a_live_token_stay_empty():
     mask, nan = torch.zeros(2, 3, dtype=torch.bool), torch.full((2, 3), torch.nan)
-    results = [penalised_rewards(torch.ones(2), nan, mask, 1.), rewards_to_go(nan, mask), whiten(nan, mask),
+    results = [add_kl_penalty(torch.ones(2), nan, mask, 1.), returns_to_go(nan, mask), whiten(nan, mask),
                *generalised_advantages(nan, nan, mask)]
     assert all(result.count_nonzero() == 0 for result in results)
 
@@ -248,7 +248,7 @@ def test_rows_without_a_live_token_stay_empty():
 def test_advantages_carry_no_gradient_to_policy_or_critic():
     mask = torch.ones(2, 3, dtype=torch.bool)
     ratio, values = noise(0, 2, 3).requires_grad_(), noise(1, 2, 3).requires_grad_()
-    rewards = penalised_rewards(torch.ones(2), ratio, mask, 0.1)
+    rewards = add_kl_penalty(torch.ones(2), ratio, mask, 0.1)
     assert not any(result.requires_grad for result in (rewards, *generalised_advantages(rewards, values, mask)))
 
 

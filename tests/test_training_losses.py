@@ -18,7 +18,7 @@ from listed_language import (
 )
 
 from echochamber.core import StudyError
-from echochamber.training.advantages import penalised_rewards, rewards_to_go
+from echochamber.training.advantages import add_kl_penalty, returns_to_go
 from echochamber.training.critic import CriticConfig, critic_advantages
 from echochamber.training.losses import (
     LossConfig,
@@ -28,7 +28,7 @@ from echochamber.training.losses import (
     k2,
     k3,
     live_tokens,
-    loss_total,
+    loss_normaliser,
     loss_weights,
     mean_statistics,
     policy_loss,
@@ -58,7 +58,7 @@ class Batch:
         self.values = (self.old_values + 0.3 * draw(rows, width)).requires_grad_()
 
     def weights(self, config: LossConfig, rows=slice(None)) -> torch.Tensor:
-        return loss_weights(self.mask[rows], config, loss_total(self.mask, config).double())
+        return loss_weights(self.mask[rows], config, loss_normaliser(self.mask, config).double())
 
     def policy_loss(self, config: LossConfig, rows=slice(None)):
         return policy_loss(self.log_probs[rows], self.behaviour[rows], self.reference[rows], self.advantages[rows],
@@ -151,9 +151,9 @@ def test_on_policy_gradient_is_reinforce(normaliser):
 def expected_gradient(table, reference, rewards, config):
     log_probs, frozen = token_log_probs(table), token_log_probs(reference)
     charged = config.kl_coefficient if config.kl == "k1_in_reward" else 0.
-    per_token = penalised_rewards(rewards, (log_probs - frozen).detach(), LIVE, charged)
+    per_token = add_kl_penalty(rewards, (log_probs - frozen).detach(), LIVE, charged)
     weights = probabilities(table).detach()[:, None] * LIVE
-    loss, _ = policy_loss(log_probs, log_probs.detach(), frozen, rewards_to_go(per_token, LIVE), weights, config)
+    loss, _ = policy_loss(log_probs, log_probs.detach(), frozen, returns_to_go(per_token, LIVE), weights, config)
     return gradient(loss, table)
 
 
@@ -184,8 +184,8 @@ def test_ppo_on_policy_climbs_the_reward_minus_the_divergence(seed, white):
     table, reference, rewards = random_table(seed), random_table(seed + 100).detach(), random_rewards(seed)
     values = random_table(seed + 200)[:, 0].detach()[STATE]
     log_probs, frozen = token_log_probs(table), token_log_probs(reference)
-    per_token = penalised_rewards(rewards, (log_probs - frozen).detach(), LIVE, beta=0.3)
-    plain, used = (critic_advantages(per_token, values, LIVE, CriticConfig(lam=1., whiten=whiten))["advantages"]
+    per_token = add_kl_penalty(rewards, (log_probs - frozen).detach(), LIVE, beta=0.3)
+    plain, used = (critic_advantages(per_token, values, LIVE, CriticConfig(gae_lambda=1., whiten=whiten))["advantages"]
                    for whiten in (False, white))
     weights = probabilities(table).detach()[:, None] * LIVE
     loss, _ = policy_loss(log_probs, log_probs.detach(), frozen, used, weights, LossConfig(kl="k1_in_reward", kl_coefficient=0.3))
@@ -233,7 +233,7 @@ def test_loss_gradient_and_statistics_do_not_depend_on_the_cut(seed, normaliser,
     close(sum(losses), whole)
     close(torch.autograd.grad(sum(losses), batch.log_probs)[0], torch.autograd.grad(whole, batch.log_probs)[0])
     assert mean_statistics(combine_statistics(parts)) == pytest.approx(mean_statistics(statistics), rel=1e-9, abs=1e-12)
-    assert sum(loss_total(batch.mask[rows], config) for rows in order.split(sizes)) == loss_total(batch.mask, config)
+    assert sum(loss_normaliser(batch.mask[rows], config) for rows in order.split(sizes)) == loss_normaliser(batch.mask, config)
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -241,7 +241,7 @@ def test_accumulation_and_averaging_over_processes_are_undone_by_the_total(norma
     "Two processes accumulate three micro-batches each, of different sizes; trainers divide by 3 and average over 2."
     batch, config = Batch(6, rows=12), NORMALISERS[normaliser]
     shards = torch.arange(12).split([3, 2, 1, 1, 4, 1])
-    total = sum(loss_total(batch.mask[rows], config).double() for rows in shards)  # all-reduced
+    total = sum(loss_normaliser(batch.mask[rows], config).double() for rows in shards)  # all-reduced
     loss = 0.
     for rows in shards:
         weights = loss_weights(batch.mask[rows], config, total / (3 * 2))

@@ -18,7 +18,7 @@ from echochamber.models.generation import SamplingConfig
 from echochamber.training.algorithms import grpo_config, ppo_config
 from echochamber.training.critic import CriticConfig
 from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
-from echochamber.training.fitting import FitConfig, OptimiserConfig, Snapshots
+from echochamber.training.fitting import FitConfig, OptimiserConfig, SnapshotCallback
 from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import held_out_losses, pretrain
 from echochamber.training.supervised import SupervisedConfig
@@ -68,7 +68,7 @@ def expert_iteration(folder: Path, report: Report) -> Trained:
     model, *task = toy_task()
     supervised = SupervisedConfig(epochs=16, batch=10, micro_batch=5, learning_rate=1e-2, precision="32-true", checkpoint_every=2)
     config = ExpertIterationConfig(rounds=3, samples=32, sampling=SamplingConfig(max_new_tokens=3), supervised=supervised, prompts=3)
-    between = Snapshots(range(4), lambda round: report(100 * round + 1, 300, "between rounds"))
+    between = SnapshotCallback(range(4), lambda round: report(100 * round + 1, 300, "between rounds"))
     return model, train_expert_iteration(model, *task, config, folder, between, report)
 
 

@@ -6,11 +6,11 @@
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADER', 'FRAMES', 'HEADER', 'OPENING', 'CALL',
            'PRINT', 'FENCE', 'PYTHON', 'PROSE', 'TAG', 'BRACE', 'MARKUP', 'MATH', 'EXPRESSION', 'TURN',
            'LONGEST_PHRASE', 'HASHES', 'SENTENCE', 'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'NEXT_QUESTION', 'StyleConfig',
-           'replace_operation', 'err', 'distinct', 'assignments', 'render_tinygsm', 'render_omi1', 'render_omi2',
-           'render_solution', 'document', 'statement_ends', 'read_statement', 'does_something', 'bound_names', 'Code',
-           'find_code', 'statements', 'needs_arguments', 'own_call', 'final_call', 'fenced', 'fences', 'code_blocks',
-           'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed', 'parse_program', 'defines_function',
-           'parse_text', 'parse_completion', 'recognise']
+           'replace_operation', 'inject_errors', 'unique_identifiers', 'program_lines', 'render_tinygsm', 'render_omi1',
+           'render_omi2', 'render_solution', 'join_document', 'statement_ends', 'read_statement', 'does_something',
+           'bound_names', 'Code', 'find_code', 'statements', 'needs_arguments', 'own_call', 'final_call', 'fenced',
+           'fences', 'code_blocks', 'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed',
+           'parse_program', 'defines_function', 'parse_text', 'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -65,7 +65,7 @@ def replace_operation(problem: Problem, index: int) -> Problem:
     return replace(problem, steps=tuple(steps))
 
 # %% ../../nbs/data/01_formats.ipynb #de95e1c5
-def err(problem: Problem, style: StyleConfig, rng: random.Random) -> Problem:
+def inject_errors(problem: Problem, style: StyleConfig, rng: random.Random) -> Problem:
     "Make the errors of a source: always in the last operation of `wrong_families`, now and then anywhere else."
     index, unlucky = rng.randrange(problem.level), rng.random() < style.random_errors
     if problem.family in style.wrong_families:
@@ -78,7 +78,7 @@ def err(problem: Problem, style: StyleConfig, rng: random.Random) -> Problem:
         return replace_operation(problem, problem.level - 1)
 
 # %% ../../nbs/data/01_formats.ipynb #b1c94dcf
-def distinct(names: list[str]) -> list[str]:
+def unique_identifiers(names: list[str]) -> list[str]:
     "The names as Python identifiers; the second `total` becomes `total_2`."
     seen: dict[str, int] = {}
     identifiers = []
@@ -88,11 +88,11 @@ def distinct(names: list[str]) -> list[str]:
     return identifiers
 
 # %% ../../nbs/data/01_formats.ipynb #63ff9234
-def assignments(problem: Problem, style: StyleConfig, rng: random.Random, last: str | None = None) -> list[str]:
+def program_lines(problem: Problem, style: StyleConfig, rng: random.Random, last: str | None = None) -> list[str]:
     "The lines of a program; `last` renames the final result."
     short, comments = rng.random() < style.short_names, rng.random() < style.comments
     meanings = [quantity.meaning for quantity in (*problem.stated, *(step.result for step in problem.steps))]
-    names = distinct([ascii_lowercase[i % 26] for i in range(len(meanings))] if short else meanings)
+    names = unique_identifiers([ascii_lowercase[i % 26] for i in range(len(meanings))] if short else meanings)
     stated, results = names[:len(problem.stated)], names[len(problem.stated):]
     results[-1] = last or results[-1]
     lines = [f"{name} = {quantity.value}" for name, quantity in zip(stated, problem.stated, strict=True)]
@@ -107,13 +107,13 @@ def assignments(problem: Problem, style: StyleConfig, rng: random.Random, last: 
 def render_tinygsm(problem: Problem, style: StyleConfig, rng: random.Random) -> str:
     "A Python function, with the question as docstring in a share of cases."
     docstring = ['"""', problem.question, '"""'] * (rng.random() < style.docstring)
-    body = [*docstring, *assignments(problem, style, rng, last="result"), "return result"]
+    body = [*docstring, *program_lines(problem, style, rng, last="result"), "return result"]
     return "\n    ".join(["def simple_math_problem() -> int:", *body])
 
 # %% ../../nbs/data/01_formats.ipynb #d8a89116
 def render_omi1(problem: Problem, style: StyleConfig, rng: random.Random) -> str:
     "A sentence, a code block, its output and the boxed answer."
-    lines, value = assignments(problem, style, rng), problem.steps[-1].result.value
+    lines, value = program_lines(problem, style, rng), problem.steps[-1].result.value
     block = ["<llm-code>", *lines, lines[-1].split(" = ")[0], "</llm-code>"]
     output = ["<llm-code-output>", str(value), "</llm-code-output>"]
     conclusion = f"So the {problem.goal} is \\boxed{{{value}}}."
@@ -138,10 +138,10 @@ RENDERERS = {"tinygsm": render_tinygsm, "omi1": render_omi1, "omi2": render_omi2
 
 def render_solution(problem: Problem, format: str, style: StyleConfig, rng: random.Random) -> str:
     "The solution of a problem in one of the three formats, with the style and the errors of a source."
-    return RENDERERS[format](err(problem, style, rng), style, rng)
+    return RENDERERS[format](inject_errors(problem, style, rng), style, rng)
 
 
-def document(question: str, solution: str) -> str:
+def join_document(question: str, solution: str) -> str:
     "What a model reads in pretraining (the end-of-text token is added at packing)."
     return f"{question}\n\n{solution}"
 
@@ -150,12 +150,16 @@ LEXEME = re.compile(r'''\#[^\n]*+ | \\\n | \n | [()\[\]{}]
   | """(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z) | \'\'\'(?:[^'\\]|\\.|'(?!\'\'))*+(?:\'\'\'|\Z)
   | "(?:[^"\\\n]|\\.)*+"? | '(?:[^'\\\n]|\\.)*+'?''', re.DOTALL | re.VERBOSE)
 
+LONGEST_HEADER = 1_000  # characters of a logical line
 
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a41
 def statement_ends(text: str, start: int) -> tuple[int, int]:
     "Where the first logical line of the statement at `start` ends, and where its indented block does."
     depth, header, comment = 0, None, None
     for lexeme in LEXEME.finditer(text, start):
         mark = lexeme.group()
+        if header is None and lexeme.start() > start + LONGEST_HEADER:  # never closed, or too long to be read
+            return lexeme.end(), lexeme.end()
         if mark in "([{":
             depth += 1
         elif mark in ")]}":
@@ -172,7 +176,6 @@ def statement_ends(text: str, start: int) -> tuple[int, int]:
     return header or len(text), comment or len(text)
 
 # %% ../../nbs/data/01_formats.ipynb #570c6ed9
-LONGEST_HEADER = 2_000  # characters of a logical line
 FRAMES = (("", ""), ("", "\n pass"), ("", "\ndef f(): pass"), ("", "\n pass\nfinally: pass"),
           ("if 1:\n pass\n", "\n pass"), ("try:\n pass\n", "\n pass"))
 
@@ -387,7 +390,7 @@ def cut_at_turn(phrase: str) -> str:
     turn = next((turn for turn in TURN.finditer(phrase) if turn["turn"]), None)
     return phrase[:turn.start()] if turn else phrase
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a40
 def read_phrase(text: str) -> str | None:
     "The expression, with its unit, that a phrase begins with; `None` if it begins with something else."
     phrase = MARKUP.sub("", text[:LONGEST_PHRASE])

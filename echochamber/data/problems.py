@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PEOPLE', 'THINGS', 'FOODS', 'FAMILIES', 'events', 'first', 'later', 'Split', 'BUCKETS', 'Quantity', 'Step', 'Problem',
-           'calculate', 'solve', 'Event', 'Family', 'cast', 'tell', 'Bounds', 'valid_operands', 'any_between',
-           'values_before', 'Stories', 'first_numbers', 'next_events', 'stories', 'untellable', 'ProblemConfig',
-           'draw_chain', 'out_of_distribution', 'split_of', 'problem_stream', 'generate_problems']
+           'calculate', 'solve', 'Event', 'Family', 'draw_names', 'write_story', 'Bounds', 'valid_operands',
+           'any_between', 'values_before', 'Stories', 'first_numbers', 'next_events', 'stories', 'untellable',
+           'ProblemConfig', 'draw_chain', 'out_of_distribution', 'split_of', 'problem_stream', 'generate_problems']
 
 # %% ../../nbs/data/00_problems.ipynb #7f3966c9
 import random
@@ -84,7 +84,7 @@ def solve(steps: tuple[Step, ...]) -> int:
 class Event:
     "A sentence that states one number `{n}` and applies `operation` to the running value."
     operation: str
-    told: str    # its sentence in the question
+    sentence: str    # its sentence in the question
     number: str  # meaning of the stated number
     result: str  # meaning of the new running value
     reason: str  # its sentence in a worked solution
@@ -107,7 +107,7 @@ THINGS = ("apple", "ball", "book", "card", "coin", "egg", "hat", "pen", "rose", 
 FOODS = ("cookies", "muffins", "pies", "rolls")
 
 
-def cast(rng: random.Random) -> dict[str, str]:
+def draw_names(rng: random.Random) -> dict[str, str]:
     "Draw the people and objects of one story, as fields for its templates."
     name, friend = rng.sample(tuple(PEOPLE), 2)
     thing, pronoun = rng.choice(THINGS), PEOPLE[name]
@@ -115,13 +115,13 @@ def cast(rng: random.Random) -> dict[str, str]:
             "he": pronoun, "He": pronoun.capitalize(), "him": "him" if pronoun == "he" else "her"}
 
 # %% ../../nbs/data/00_problems.ipynb #803af38e
-def tell(name: str, start: int, chain: list[tuple[Event, int]], fields: dict[str, str]) -> Problem:
+def write_story(name: str, start: int, chain: list[tuple[Event, int]], fields: dict[str, str]) -> Problem:
     "Write down the story of a chain of events and their numbers, with its steps."
     family = FAMILIES[name]
     sentences = [family.opening.format(n=start, **fields)]
     value, steps = Quantity(start, family.number.format(**fields)), []
     for event, number in chain:
-        sentences.append(event.told.format(n=number, **fields))
+        sentences.append(event.sentence.format(n=number, **fields))
         result = Quantity(calculate(event.operation, value.value, number), event.result, step=len(steps))
         reason = event.reason.format(sum="{sum}", **fields)
         steps.append(Step(event.operation, value, Quantity(number, event.number), result, reason))
@@ -396,7 +396,7 @@ def problem_stream(config: ProblemConfig, seed: int | str, split: Split) -> Iter
     rng, seen, misses = random.Random(f"{split}-{seed}"), set(), 0
     while misses < 10_000:
         name = rng.choice(config.families)
-        problem = tell(name, *draw_chain(rng, name, config), cast(rng))
+        problem = write_story(name, *draw_chain(rng, name, config), draw_names(rng))
         if split_of(problem.question) != split or problem.question in seen:
             misses += 1
             continue

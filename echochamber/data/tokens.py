@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'END_TOKEN', 'TOKENIZER_FILE', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'pack_documents',
-           'pack_corpus', 'permutation', 'rows_at', 'take', 'StepBatches', 'PackedData']
+           'pack_corpus', 'permutation', 'epoch_rows', 'gather_rows', 'StepAddressedLoader', 'PackedData']
 
 # %% ../../nbs/data/03_tokens.ipynb #d19fa858
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from lightning import LightningDataModule
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..core import StudyError, atomic_path
-from .corpora import PIECE
+from .corpora import PRETOKEN
 
 # %% ../../nbs/data/03_tokens.ipynb #d3f5d170
 END_OF_TEXT = "<|endoftext|>"
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     "Byte-level BPE with at most `vocab_size` entries (fewer if the texts have no more to merge); entry 0 ends a text."
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECE), "isolated"), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKEN), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.encode_special_tokens = True
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
@@ -84,7 +84,7 @@ def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def rows_at(start: int, stop: int, rows: int, seed: int) -> np.ndarray:
+def epoch_rows(start: int, stop: int, rows: int, seed: int) -> np.ndarray:
     "Indices of the rows at positions `start … stop - 1` of an endless sequence of shuffled epochs."
     positions = np.arange(start, stop)
     indices = np.empty_like(positions)
@@ -94,12 +94,12 @@ def rows_at(start: int, stop: int, rows: int, seed: int) -> np.ndarray:
     return indices
 
 # %% ../../nbs/data/03_tokens.ipynb #0ceca66e
-def take(rows: Dataset, indices: np.ndarray) -> torch.Tensor:
+def gather_rows(rows: Dataset, indices: np.ndarray) -> torch.Tensor:
     "The chosen rows as int64 [rows, context + 1]."
     return torch.from_numpy(np.asarray(rows[indices]["tokens"], dtype=np.int64))
 
 # %% ../../nbs/data/03_tokens.ipynb #6f99e86b
-class StepBatches:
+class StepAddressedLoader:
     "The micro-batches of this rank for every optimiser step up to `trainer.max_steps`."
 
     def __init__(self, data: "PackedData"):
@@ -142,12 +142,12 @@ class PackedData(LightningDataModule):
             raise StudyError(f"batch_size {self.batch_size} does not divide into {parts} parts "
                              "(micro-batches × ranks); change one of them")
         start = step * self.batch_size + part * size
-        return take(self.rows, rows_at(start, start + size, len(self.rows), self.seed))
+        return gather_rows(self.rows, epoch_rows(start, start + size, len(self.rows), self.seed))
 
-    def train_dataloader(self) -> StepBatches:
-        return StepBatches(self)
+    def train_dataloader(self) -> StepAddressedLoader:
+        return StepAddressedLoader(self)
 
     def val_dataloader(self) -> list[list[torch.Tensor]]:
         "One list of batches per source, in the order of `held_out`; every rank reads all of them."
-        return [[take(rows, np.arange(start, min(start + self.batch_size, len(rows))))
+        return [[gather_rows(rows, np.arange(start, min(start + self.batch_size, len(rows))))
                  for start in range(0, len(rows), self.batch_size)] for rows in self.held_out.values()]

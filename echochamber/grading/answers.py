@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBER_IN_TEXT', 'FLOAT', 'SEPARATOR', 'FLOAT_INSIDE', 'OUTCOMES', 'last_number', 'prose_answer', 'round_float',
-           'read_value', 'read_shown', 'printed_answer', 'program_answer', 'GraderConfig', 'Grade', 'runnable',
-           'read_gold', 'answer_of', 'grade_parsed', 'Equality', 'Grader', 'grade_frame', 'outcome_table']
+           'canonical_number', 'read_shown', 'printed_answer', 'program_answer', 'GraderConfig', 'Grade',
+           'program_with_call', 'read_gold', 'answer_of', 'grade_parsed', 'Equality', 'Grader', 'grade_frame',
+           'outcome_table']
 
 # %% ../../nbs/grading/03_answers.ipynb #3b3b76d3
 import math
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from ..core import StrictConfig
 from ..data.formats import FORMATS, Parsed, last_box, parse_completion, stated_answer
-from .latex import LatexJudge
+from .latex import LatexComparer
 from .sandbox import ProgramResult, Sandbox, SandboxConfig
 from .values import NUMERAL, normalise, parse_number, same_answer, same_number
 
@@ -51,7 +52,7 @@ def round_float(value: float) -> float:
     return round(value, max(0, 12 - len(str(int(abs(value))))))
 
 
-def read_value(text: str) -> str:
+def canonical_number(text: str) -> str:
     "The text of a program's value, floats at twelve significant digits and whole ones as integers."
     value = float(text) if FLOAT.fullmatch(text) else math.nan
     if not math.isfinite(value):
@@ -59,10 +60,10 @@ def read_value(text: str) -> str:
     value = round_float(value)
     return str(int(value)) if value.is_integer() else repr(value)
 
-
+# %% ../../nbs/grading/03_answers.ipynb #6f7b0008
 def read_shown(text: str) -> str:
     "The answer in what a program shows: floats rounded, a list without its brackets, numbers in a row as a list."
-    text = FLOAT_INSIDE.sub(lambda number: read_value(number[0]), text)
+    text = FLOAT_INSIDE.sub(lambda number: canonical_number(number[0]), text)
     if re.fullmatch(r"\[.*,.*\]", text):
         return text[1:-1]
     if re.fullmatch(r"\{.*,.*\}", text):
@@ -115,7 +116,7 @@ class Grade:
         return float(self.outcome == "correct")
 
 # %% ../../nbs/grading/03_answers.ipynb #0547a9e1
-def runnable(parsed: Parsed) -> list[str]:
+def program_with_call(parsed: Parsed) -> list[str]:
     "The cells to run, the last with the call that asks for the answer."
     *cells, last = parsed.cells
     return [*cells, f"{last}\n\n{parsed.call}" if parsed.call else last]
@@ -125,7 +126,7 @@ def read_gold(answer: str, extracted: str | None = None) -> str:
     "The gold answer without GSM8K's worked solution; a fraction as a float would show it if a float was extracted."
     answer = answer.rsplit("####", 1)[-1].strip()
     number = parse_number(answer, symbols=False) if FLOAT.fullmatch(extracted or "") else None
-    return answer if number is None or abs(number) > 2**53 else read_value(repr(float(number)))
+    return answer if number is None or abs(number) > 2**53 else canonical_number(repr(float(number)))
 
 # %% ../../nbs/grading/03_answers.ipynb #8d4d3249
 def answer_of(parsed: Parsed, result: ProgramResult | None) -> tuple[str | None, bool]:
@@ -153,16 +154,16 @@ class Equality:
 
     def __init__(self, config: GraderConfig):
         self.config = config
-        self.judge = LatexJudge(config.latex_seconds, config.latex_memory_mb)
+        self.comparer = LatexComparer(config.latex_seconds, config.latex_memory_mb)
         self.audited, self.disagreements = 0, []  # numbers asked twice; (answer, gold, exact verdict) in dispute
 
     def equal(self, answer: str, gold: str) -> bool:
         "Whether an answer has the value of the gold answer."
         if self.config.audit and (exact := same_number(answer, gold)) is not None:
             self.audited += 1
-            if self.judge(gold, answer) != exact:
+            if self.comparer(gold, answer) != exact:
                 self.disagreements.append((answer, gold, exact))
-        return same_answer(answer, gold, self.judge)
+        return same_answer(answer, gold, self.comparer)
 
 # %% ../../nbs/grading/03_answers.ipynb #6f7b0007
 class Grader(Equality):
@@ -179,13 +180,13 @@ class Grader(Equality):
         return self
 
     def __exit__(self, *exception):
-        self.judge.close()
+        self.comparer.close()
         self.sandbox.__exit__(*exception)
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         "One grade per completion; `answers` are the gold answers of the same rows."
         parsed = [parse_completion(completion) for completion in completions]
-        results = iter(self.sandbox.run([runnable(each) for each in parsed if each.cells]))
+        results = iter(self.sandbox.run([program_with_call(each) for each in parsed if each.cells]))
         return [grade_parsed(each, next(results) if each.cells else None, gold, self.equal)
                 for each, gold in zip(parsed, answers, strict=True)]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'LONGEST_SEQUENCE', 'BRACKETS', 'UNSUPPORTED', 'ROUND', 'IS_INTEGER', 'GRACE', 'SandboxConfig',
-           'ProgramResult', 'shorten', 'value_text', 'failure_status', 'IsInteger', 'bridge', 'session_options',
+           'ProgramResult', 'shorten', 'value_text', 'failure_status', 'IsInteger', 'bridge', 'session_limits',
            'run_cell', 'run_cells', 'run_program', 'silent_launcher', 'start_workers', 'Workers', 'Sandbox']
 
 # %% ../../nbs/grading/00_sandbox.ipynb #1dbe66ee
@@ -151,7 +151,7 @@ def bridge(cell: str) -> str:
     return ROUND + cell if "round" in cell else cell
 
 # %% ../../nbs/grading/00_sandbox.ipynb #57124309
-def session_options(config: SandboxConfig) -> dict:
+def session_limits(config: SandboxConfig) -> dict:
     "Options of one fresh session: the limits, and nothing that could differ between two runs."
     limits = dict(max_feed_duration_secs=config.seconds, max_memory=config.memory_mb * 2**20,
                   max_recursion_depth=config.recursion)
@@ -195,7 +195,7 @@ def run_program(program: str | Sequence[str], pool: Monty, config: SandboxConfig
     if (characters := sum(map(len, cells))) > config.program_characters:
         return ProgramResult("error", message=f"the program has {characters:,} characters, more than allowed")
     try:
-        with pool.checkout(**session_options(config)) as session:
+        with pool.checkout(**session_limits(config)) as session:
             return run_cells(cells, session, config)
     except MontyError as error:  # the worker was lost between two cells
         return ProgramResult(failure_status(error), message=shorten(str(error), config.value_characters))
@@ -243,7 +243,7 @@ class Workers:
     def threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.config.workers, thread_name_prefix="sandbox")
 
-
+# %% ../../nbs/grading/00_sandbox.ipynb #3a7c10f1
 class Sandbox(Workers):
     """A pool of isolated interpreters: `with Sandbox() as sandbox: results = sandbox.run(programs)`.
 

@@ -17,7 +17,7 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-from .latex import LatexJudge
+from .latex import LatexComparer
 
 # %% ../../nbs/grading/02_values.ipynb #4c5e0001
 CHARACTERS = {"−": "-", "–": "-", "—": "-", "‒": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
@@ -81,7 +81,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
 )]
 LONGEST_ANSWER = 1000  # characters
 
-
+# %% ../../nbs/grading/02_values.ipynb #4c5e0023
 @lru_cache(maxsize=65_536)
 def normalise(text: str) -> str:
     "The text in one spelling, without what carries no value; very long texts as they are."
@@ -312,7 +312,7 @@ def same_number(answer: str, gold: str) -> bool | None:
     return None if answer is None else answer == gold
 
 
-def same_answer(answer: str, gold: str, judge: LatexJudge) -> bool:
+def same_answer(answer: str, gold: str, comparer: LatexComparer) -> bool:
     "Whether an answer has the value of the gold answer."
     equal = same_number(answer, gold)
     if equal is not None:
@@ -327,5 +327,5 @@ def same_answer(answer: str, gold: str, judge: LatexJudge) -> bool:
     if not answer or max(len(answer), len(gold)) > LONGEST_NUMBER:
         return False
     if INTERVAL.search(gold) and re.search(r"[<>]|\\[lg]e", answer) and not MARK.search(gold):
-        return letters(answer) <= letters(gold) | set("x") and judge(answer, gold)
-    return comparable(answer, gold) and judge(gold, answer)
+        return letters(answer) <= letters(gold) | set("x") and comparer(answer, gold)
+    return comparable(answer, gold) and comparer(gold, answer)

@@ -322,7 +322,7 @@ def work_of(run: Run) -> float:
     first = run
     while first.parents:
         first = first.parents[0]
-    size = first.config.decoder.parameters_count if isinstance(first.config, PretrainConfig) else 1
+    size = first.config.decoder.num_parameters if isinstance(first.config, PretrainConfig) else 1
     match run.config:
         case PretrainConfig() as config:
             return size * config.fit.steps * config.batch_size * config.decoder.context

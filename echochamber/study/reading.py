@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from ..core import StudyError, content_hash, write_json
 from ..data.formats import FORMATS
-from ..grading.metrics import crossed_interval, measure, pass_at_k, prediction_interval
-from ..grading.metrics import summarise, summarise_change
+from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
+from ..grading.metrics import summarise, paired_difference
 from ..plots import caption
 from .conditions import find_preset
 from .figures import TABLES, FigureConfig, read_json, table_file
@@ -113,7 +113,7 @@ def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * (len(tables.own) > 0)
     return caption(figure, tables.problems, tables.samples, len(tables.seeds), tables.preset,
-                   tables.scale.decoders["default"].parameters_count, ", ".join([*said, *notes]))
+                   tables.scale.decoders["default"].num_parameters, ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/06_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step
@@ -149,7 +149,7 @@ def value(results: Results, checkpoint: Checkpoint, metric: Metric) -> pd.Series
 
 def change(results: Results, before: Checkpoint, after: Checkpoint, metric: Metric) -> pd.Series:
     "Paired change of a metric between two checkpoints: `value`, `low`, `high`."
-    return metric.select(summarise_change(results.rows(*before), results.rows(*after), results.ks)).iloc[0]
+    return metric.select(paired_difference(results.rows(*before), results.rows(*after), results.ks)).iloc[0]
 
 
 def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
@@ -162,7 +162,7 @@ def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
 # %% ../../nbs/study/06_reading.ipynb #a07d4992
 def metrics_by_seed(frame: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
     "All metrics of one checkpoint for every seed: the labels of a summary, and a column per seed."
-    labels, sums = measure(frame, ks)                            # [S, P, 2, M]: numerators and denominators
+    labels, sums = per_problem_sums(frame, ks)                            # [S, P, 2, M]: numerators and denominators
     with np.errstate(invalid="ignore"):
         values = np.divide(*np.moveaxis(sums.sum(axis=1), 1, 0))  # [S, M]
     return pd.concat([labels, pd.DataFrame(values.T, columns=sorted(frame.seed.unique()))], axis=1)
@@ -188,7 +188,7 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
 # %% ../../nbs/study/06_reading.ipynb #d527f71d
 def format_sums(frame: pd.DataFrame, ks: Sequence[int]) -> np.ndarray:
     "Sampled completions in each of `FORMATS`, per seed and problem [S, P, F]."
-    labels, sums = measure(frame, ks)  # [S, P, 2, M]
+    labels, sums = per_problem_sums(frame, ks)  # [S, P, 2, M]
     return sums[:, :, 0, [share(format).select(labels).index[0] for format in FORMATS]]
 
 
