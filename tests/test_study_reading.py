@@ -51,7 +51,7 @@ def test_results_are_the_committed_rows(shipped):
     each = seed_values(rows, GREEDY, results.ks)
     greedy = rows[rows["mode"] == "greedy"]
     assert each.to_dict() == pytest.approx((greedy.outcome == "correct").groupby(greedy.seed).mean().to_dict())
-    assert change(results, (GRPO.name, 0), (GRPO.name, 120), ACCURACY).low > 0.3
+    assert change(results, (GRPO.name, 0), (GRPO.name, 120), ACCURACY).low > 0.1
 
 
 def test_a_table_that_changes_after_planning_is_refused(shipped):
