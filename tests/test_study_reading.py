@@ -22,7 +22,7 @@ from echochamber.study.reading import (
     value,
 )
 
-GRPO, PPO = Condition(pretraining_seed=0), Condition(algorithm="ppo", pretraining_seed=0)
+PPO, GRPO = FIGURES["convergence"].conditions
 SHIPPED = project_root() / "outputs/results/laptop"
 
 
@@ -41,15 +41,17 @@ def reproduce_seed(condition: Condition, seed: int, **changes) -> None:
 
 def test_results_are_the_committed_rows(shipped):
     results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
-    assert results.seeds == [0, 1, 2] and (results.problems, results.samples) == (200, 16) and results.one_pretraining
-    assert len(results.evaluation) == 2 * 9 * 3 * 200 * 17 and results.own.empty
+    tables = [pd.read_parquet(SHIPPED / f"{one.name}.parquet") for one in (PPO, GRPO)]
+    assert len(results.evaluation) == sum(map(len, tables)) and results.own.empty
+    assert results.seeds == sorted({*tables[0].seed, *tables[1].seed}) and (results.problems, results.samples) == (200, 16)
+    assert results.pretrainings == {one.name: table.pretraining_seed.nunique() for one, table in zip((PPO, GRPO), tables, strict=True)}
     rows = results.rows(GRPO.name, 120)
     assert value(results, (GRPO.name, 120), ACCURACY).value == pytest.approx(
         (rows[rows["mode"] == "sampled"].outcome == "correct").mean())
     each = seed_values(rows, GREEDY, results.ks)
     greedy = rows[rows["mode"] == "greedy"]
     assert each.to_dict() == pytest.approx((greedy.outcome == "correct").groupby(greedy.seed).mean().to_dict())
-    assert change(results, (GRPO.name, 0), (GRPO.name, 120), ACCURACY).low > 0.3
+    assert change(results, (GRPO.name, 0), (GRPO.name, 120), ACCURACY).low > 0.1
 
 
 def test_a_table_that_changes_after_planning_is_refused(shipped):
@@ -66,9 +68,10 @@ def test_the_readers_rows_lie_beside_the_shipped_ones(shipped):
     for condition in (PPO, GRPO):
         reproduce_seed(condition, 1)
     results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
-    assert results.seeds == [0, 1, 2] and sorted(results.own.seed.unique()) == [1]
-    line = own_seed_line(results, (GRPO.name, 120), {"accuracy": ACCURACY})
-    assert "share one pretraining" in line and "within" not in line and "outside" not in line
+    assert len(results.seeds) >= 3 and sorted(results.own.seed.unique()) == [1]
+    for condition in (PPO, GRPO):
+        line, alone = own_seed_line(results, (condition.name, 120), {"accuracy": ACCURACY}), results.pretrainings[condition.name] == 1
+        assert ("share one pretraining" in line) == alone and ("within" in line or "outside" in line) != alone
     assert not Results.read(figure_config(FIGURES["convergence"], "laptop", own=False)).own.size
 
 
@@ -83,7 +86,7 @@ def test_without_shipped_tables_the_readers_are_the_results(tmp_path, monkeypatc
 
 
 def test_whole_seeds_judge_the_readers_seed(shipped):
-    table = pd.read_parquet(SHIPPED / f"{GRPO.name}.parquet").assign(condition=GRPO.name)
+    table = pd.read_parquet(SHIPPED / "grpo-pretraining0.parquet").assign(condition=GRPO.name)
     whole = table.assign(pretraining_seed=table.seed)
     finals = {"accuracy": ACCURACY, "share": share("tinygsm")}
     near = Results(whole, own=whole[whole.seed == 1])

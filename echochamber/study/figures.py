@@ -36,7 +36,7 @@ class Figure(StrictConfig):
 
 FIGURES: dict[str, Figure] = {figure.name: figure for figure in (
     Figure(name="convergence", claim="C1", title="RL moves the outputs of a model with three formats to one of them",
-           conditions=(Condition(algorithm="ppo", pretraining_seed=0), Condition(pretraining_seed=0))),
+           conditions=(Condition(algorithm="ppo", pretraining_seed=0), Condition())),
     Figure(name="algorithms", claim="C6",
            title="PPO, GRPO and Expert Iteration all amplify one format, the last one mildly",
            conditions=tuple(Condition(algorithm=name, pretraining_seed=0)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_tables', 'Tables', 'Results', 'value', 'change', 'curve', 'metrics_by_seed', 'seed_values',
-           'seed_curves', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'Verdict', 'verdict_line',
-           'write_verdict', 'own_seed_line', 'place_of']
+           'read_tables', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve', 'metrics_by_seed',
+           'seed_values', 'seed_curves', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'Verdict',
+           'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/06_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..core import StudyError, content_hash, write_json
 from ..data.formats import FORMATS
@@ -102,13 +103,17 @@ class Tables:
     seeds = property(lambda self: sorted(self.evaluation.seed.unique().tolist()))
     problems = property(lambda self: self.evaluation.problem.nunique())
     samples = property(lambda self: self.evaluation.loc[self.evaluation["mode"] == "sampled", "sample"].nunique())
-    one_pretraining = property(lambda self: 1 in self.evaluation.groupby("condition").pretraining_seed.nunique().array)
+    pretrainings = property(lambda self: self.evaluation.groupby("condition").pretraining_seed.nunique().to_dict())
+    one_pretraining = property(lambda self: 1 in self.pretrainings.values())
 
-    def sign(self, figure, *notes: str) -> str:
-        "Write under a figure what it rests on, and return it."
-        said = ["one pretraining"] * self.one_pretraining + ["white halo: your own seed"] * (len(self.own) > 0)
-        return caption(figure, self.problems, self.samples, len(self.seeds), self.preset,
-                       self.scale.decoders["default"].num_parameters, ", ".join([*said, *notes]))
+# %% ../../nbs/study/06_reading.ipynb #5ab2fc73
+def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
+    "Write under a figure what it rests on, and return it; `notes` come last."
+    alone = [name for name, count in tables.pretrainings.items() if count == 1]
+    where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
+    said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * (len(tables.own) > 0)
+    return caption(figure, tables.problems, tables.samples, len(tables.seeds), tables.preset,
+                   tables.scale.decoders["default"].num_parameters, ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/06_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step
