@@ -106,10 +106,9 @@ class Tables:
 
     def sign(self, figure, *notes: str) -> str:
         "Write under a figure what it rests on, and return it."
-        parameters = self.scale.decoders["default"].parameters_count
         said = ["one pretraining"] * self.one_pretraining + ["white halo: your own seed"] * (len(self.own) > 0)
-        return caption(figure, self.problems, self.samples, len(self.seeds), self.preset, parameters,
-                       ", ".join([*said, *notes]))
+        return caption(figure, self.problems, self.samples, len(self.seeds), self.preset,
+                       self.scale.decoders["default"].parameters_count, ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/06_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step

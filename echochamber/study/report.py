@@ -21,8 +21,8 @@ def section(file: Path, verdict: dict) -> str:
     rows = [f"| {one['prediction']} | {one['measured']} | {holds[one['holds']]} |" for one in verdict["predictions"]]
     where = "shipped with the repository" if ship else "computed here"
     return "\n".join([
-        f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |", "|---|---|---|",
-        *rows, "", f"![{name}]({picture})", "", f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
+        f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |",
+        "|---|---|---|", *rows, "", f"![{name}]({picture})", "", f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
 
 
 def report() -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose_figures', 'runs_of_figures', 'seconds_left', 'study_overview', 'cost_line', 'run_lines', 'seeds_given_up',
-           'reproduce', 'run_of_config']
+           'run_of_config', 'deferred_figure', 'reproduce']
 
 # %% ../../nbs/study/10_reproduction.ipynb #5d1b4b8a
 from collections.abc import Sequence
@@ -15,17 +15,10 @@ from rich.console import Console
 
 from ..core import StudyError
 from .conditions import PRESETS, expected_seconds, find_preset
-from echochamber.study.figures import (
-    FIGURES,
-    Figure,
-    deferred_figure,
-    figure_runs,
-    read_json,
-    table_file,
-    verdict_file,
-)
+from .figures import FIGURES, Figure, collect, figure_run, figure_runs, publish
+from .figures import read_json, table_file, verdict_file
 from .graph import clock, execute
-from .runs import Run
+from .runs import DeferredRun, Run
 from .stages import STAGES
 
 # %% ../../nbs/study/10_reproduction.ipynb #6c8da953
@@ -84,6 +77,23 @@ def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int, ship: boo
     return said
 
 # %% ../../nbs/study/10_reproduction.ipynb #bb0aac7b
+def run_of_config(stage: str, name: str, file: Path) -> Run:
+    "The run of a stage with its config in a file. Raises `StudyError` for an unknown stage or a config that is wrong."
+    if stage not in STAGES:
+        raise StudyError(f"unknown stage `{stage}`; choose one of {', '.join(STAGES)}")
+    return Run(stage, name, STAGES[stage].load(file))
+
+# %% ../../nbs/study/10_reproduction.ipynb #78911164
+def deferred_figure(figure: Figure, preset: str, seeds: int, ship: bool = False) -> DeferredRun:
+    "The node that collects the tables of a figure, draws it, and publishes picture and verdict."
+    def make() -> Run:
+        collect(figure, preset, seeds, ship)
+        return figure_run(figure, preset, ship)
+    evaluations = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
+    return DeferredRun(f"figure {figure.name}", make, evaluations, find_preset(preset).seconds["figure"],
+                       lambda run: publish(run, ship))
+
+
 def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, ship: bool = False, workers: int | None = None,
               scheduler: str | None = None, slurm: Path | None = None, redo: bool = False,
               console: Console | None = None) -> dict[str, str]:
@@ -94,10 +104,3 @@ def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, ship: bool
     execute(runs_of_figures(figures, preset, seeds), nodes, lambda run: expected_seconds(run, preset), workers,
             scheduler, slurm, redo, console)
     return {figure.name: read_json(verdict_file(figure.name, preset, ship)).get("line", "") for figure in figures}
-
-# %% ../../nbs/study/10_reproduction.ipynb #e631338e
-def run_of_config(stage: str, name: str, file: Path) -> Run:
-    "The run of a stage with its config in a file. Raises `StudyError` for an unknown stage or a config that is wrong."
-    if stage not in STAGES:
-        raise StudyError(f"unknown stage `{stage}`; choose one of {', '.join(STAGES)}")
-    return Run(stage, name, STAGES[stage].load(file))
