@@ -12,7 +12,17 @@ from echochamber.core import project_root
 from echochamber.study import figures
 from echochamber.study.conditions import Condition
 from echochamber.study.execution import launch, run_task
-from echochamber.study.figures import FIGURES, Figure, figure_run, publish, read_json, redraw, table_file, verdict_file, write_table
+from echochamber.study.figures import (
+    FIGURES,
+    Figure,
+    figure_run,
+    publish,
+    read_json,
+    redraw,
+    table_file,
+    verdict_file,
+    write_table,
+)
 
 ROOT, SHIPPED = project_root(), project_root() / "outputs/results/laptop"
 DRAWN = [name for name, figure in FIGURES.items() if all((SHIPPED / f"{one.name}.parquet").exists() for one in figure.conditions)]

@@ -10,7 +10,17 @@ import pytest
 from echochamber.core import StudyError, project_root
 from echochamber.study.conditions import Condition
 from echochamber.study.figures import FIGURES, figure_config, table_file, write_table
-from echochamber.study.reading import ACCURACY, GREEDY, Results, Verdict, change, own_seed_line, seed_values, share, value
+from echochamber.study.reading import (
+    ACCURACY,
+    GREEDY,
+    Results,
+    Verdict,
+    change,
+    own_seed_line,
+    seed_values,
+    share,
+    value,
+)
 
 GRPO, PPO = Condition(pretraining_seed=0), Condition(algorithm="ppo", pretraining_seed=0)
 SHIPPED = project_root() / "outputs/results/laptop"

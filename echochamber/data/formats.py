@@ -150,12 +150,16 @@ LEXEME = re.compile(r'''\#[^\n]*+ | \\\n | \n | [()\[\]{}]
   | """(?:[^"\\]|\\.|"(?!""))*+(?:"""|\Z) | \'\'\'(?:[^'\\]|\\.|'(?!\'\'))*+(?:\'\'\'|\Z)
   | "(?:[^"\\\n]|\\.)*+"? | '(?:[^'\\\n]|\\.)*+'?''', re.DOTALL | re.VERBOSE)
 
+LONGEST_HEADER = 1_000  # characters of a logical line
 
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a41
 def statement_ends(text: str, start: int) -> tuple[int, int]:
     "Where the first logical line of the statement at `start` ends, and where its indented block does."
     depth, header, comment = 0, None, None
     for lexeme in LEXEME.finditer(text, start):
         mark = lexeme.group()
+        if header is None and lexeme.start() > start + LONGEST_HEADER:  # never closed, or too long to be read
+            return lexeme.end(), lexeme.end()
         if mark in "([{":
             depth += 1
         elif mark in ")]}":
@@ -172,7 +176,6 @@ def statement_ends(text: str, start: int) -> tuple[int, int]:
     return header or len(text), comment or len(text)
 
 # %% ../../nbs/data/01_formats.ipynb #570c6ed9
-LONGEST_HEADER = 2_000  # characters of a logical line
 FRAMES = (("", ""), ("", "\n pass"), ("", "\ndef f(): pass"), ("", "\n pass\nfinally: pass"),
           ("if 1:\n pass\n", "\n pass"), ("try:\n pass\n", "\n pass"))
 
@@ -387,7 +390,7 @@ def cut_at_turn(phrase: str) -> str:
     turn = next((turn for turn in TURN.finditer(phrase) if turn["turn"]), None)
     return phrase[:turn.start()] if turn else phrase
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a40
 def read_phrase(text: str) -> str | None:
     "The expression, with its unit, that a phrase begins with; `None` if it begins with something else."
     phrase = MARKUP.sub("", text[:LONGEST_PHRASE])

@@ -59,7 +59,7 @@ def read_value(text: str) -> str:
     value = round_float(value)
     return str(int(value)) if value.is_integer() else repr(value)
 
-
+# %% ../../nbs/grading/03_answers.ipynb #6f7b0008
 def read_shown(text: str) -> str:
     "The answer in what a program shows: floats rounded, a list without its brackets, numbers in a row as a list."
     text = FLOAT_INSIDE.sub(lambda number: read_value(number[0]), text)

@@ -243,7 +243,7 @@ class Workers:
     def threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.config.workers, thread_name_prefix="sandbox")
 
-
+# %% ../../nbs/grading/00_sandbox.ipynb #3a7c10f1
 class Sandbox(Workers):
     """A pool of isolated interpreters: `with Sandbox() as sandbox: results = sandbox.run(programs)`.
 

@@ -81,7 +81,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
 )]
 LONGEST_ANSWER = 1000  # characters
 
-
+# %% ../../nbs/grading/02_values.ipynb #4c5e0023
 @lru_cache(maxsize=65_536)
 def normalise(text: str) -> str:
     "The text in one spelling, without what carries no value; very long texts as they are."

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder, write_json
+from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder
 from .conditions import Condition, condition_labels, runs_of
 from .execution import launch, run_task
 from .runs import Run, open_run

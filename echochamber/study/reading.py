@@ -9,7 +9,7 @@ __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'Metric', 'share', 'pass_at', 'ma
            'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/06_reading.ipynb #ce6bb5b9
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, measure, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, summarise_change
 from ..plots import caption
-from .conditions import Condition, Preset, find_preset
+from .conditions import find_preset
 from .figures import TABLES, FigureConfig, read_json, table_file
 
 # %% ../../nbs/study/06_reading.ipynb #a191983c
@@ -102,7 +102,7 @@ class Tables:
     seeds = property(lambda self: sorted(self.evaluation.seed.unique().tolist()))
     problems = property(lambda self: self.evaluation.problem.nunique())
     samples = property(lambda self: self.evaluation.loc[self.evaluation["mode"] == "sampled", "sample"].nunique())
-    one_pretraining = property(lambda self: self.evaluation.pretraining_seed.nunique() == 1)
+    one_pretraining = property(lambda self: 1 in self.evaluation.groupby("condition").pretraining_seed.nunique().array)
 
     def sign(self, figure, *notes: str) -> str:
         "Write under a figure what it rests on, and return it."
@@ -272,22 +272,22 @@ def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, M
     if own.empty or (own := own[(own.condition == condition) & (own.step == step)]).empty:
         return ""
     shipped = results.rows(condition, step)
-    said = [f"{name} {place_of(*(seed_values(rows, metric, results.ks) for rows in (own, shipped)), results)}"
-            for name, metric in metrics.items()]
-    if results.one_pretraining:
+    narrow = shipped.pretraining_seed.nunique() < shipped.seed.nunique()
+    values = {name: [seed_values(rows, metric, results.ks) for rows in (own, shipped)]
+              for name, metric in metrics.items()}
+    said = [f"{name} {place_of(*pair, results.problems, narrow)}" for name, pair in values.items()]
+    if narrow:
         said.append("the shipped seeds share one pretraining, and pretrainings differ more than that, so their spread "
                     "is too narrow to judge by")
     counted = "Your seed" if own.seed.nunique() == 1 else f"Your {own.seed.nunique()} seeds (mean)"
     return f"{counted} ({condition}): {'; '.join(said)}."
 
 
-def place_of(own: pd.Series, shipped: pd.Series, results: Results) -> str:
-    "The reader's value beside those of the shipped seeds, and whether one new seed may lie there."
-    span = f"{own.mean():.2f}, shipped {shipped.min():.2f} to {shipped.max():.2f}"
-    if results.one_pretraining:
-        return span
-    if len(shipped) < 3:
-        return f"{span} (too few seeds for a spread)"
-    low, high = prediction_interval(shipped.to_numpy(), trials=results.problems)
+def place_of(own: pd.Series, shipped: pd.Series, problems: int, narrow: bool) -> str:
+    "The reader's value beside those of the shipped seeds; unless their spread is too `narrow`, whether it fits."
+    if narrow or len(shipped) < 3:
+        span = f"{own.mean():.2f}, shipped {shipped.min():.2f} to {shipped.max():.2f}"
+        return span if narrow else f"{span} (too few seeds for a spread)"
+    low, high = prediction_interval(shipped.to_numpy(), trials=problems)
     place = "within" if low <= own.mean() <= high else "outside"
     return f"{own.mean():.2f}, {place} the 95 % prediction interval of one new seed [{low:.2f}, {high:.2f}]"

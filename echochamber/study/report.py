@@ -22,7 +22,8 @@ def section(file: Path, verdict: dict) -> str:
     where = "shipped with the repository" if ship else "computed here"
     return "\n".join([
         f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |",
-        "|---|---|---|", *rows, "", f"![{name}]({picture})", "", f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
+        "|---|---|---|", *rows, "", f"![{name}]({picture})", "",
+        f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
 
 
 def report() -> str:
