@@ -41,6 +41,11 @@ def real_file() -> Callable[[str], Path]:
     return find
 
 
+def pytest_configure(config):
+    "pytest-randomly chooses the order; the numbers are seeded here, with or without it."
+    config.option.randomly_reset_seed = False
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     "Whatever a test draws without a seed of its own is the same in any order of the tests."

@@ -70,7 +70,7 @@ class LatexWorker:
         self.options, self.process = (seconds, memory_mb), None
 
     def start(self):
-        "Start the process and wait until it is ready."
+        "Start the process and wait until it is ready. Raises `StudyError` if it ends before that."
         command = isolated(f"from echochamber.grading.latex import serve_latex; serve_latex{self.options}")
         self.process = subprocess.Popen(command, text=True, encoding="utf-8", stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
