@@ -66,7 +66,7 @@ def test_the_front_page_says_what_is_committed(redrawn, name):
     readme, verdict = (ROOT / "README.md").read_text(), read_json(redrawn / f"results/laptop/{name}.json")
     for one in verdict["predictions"]:
         assert one["measured"] in readme, "run `make readme` after `make figures`"
-    assert f"outputs/figures/laptop/{name}.png" in readme and (ROOT / f"outputs/figures/laptop/{name}.png").exists()
+    assert (ROOT / f"outputs/figures/laptop/{name}.png").exists()
 
 
 def test_committed_tables_are_those_of_figures():
