@@ -1,10 +1,8 @@
 """The recogniser on hostile text, on prose full of code-like words, and on real solutions."""
 import json
-import os
 import random
 import string
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -202,11 +200,8 @@ def test_style_shares_are_met(field, format, mark):
     assert abs(sum(mark in lines for lines in first_lines) / len(first_lines) - 0.3) < 0.05
 
 
-def test_real_gsm8k_solutions_state_their_answer():
-    files = [file for file in os.environ.get("ECHOCHAMBER_GSM8K", "").split(os.pathsep) if file]
-    if not files:
-        pytest.skip("ECHOCHAMBER_GSM8K names no file of gsm8k")
-    for row in (json.loads(line) for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()):
+def test_real_gsm8k_solutions_state_their_answer(real_file):
+    for row in map(json.loads, real_file("gsm8k").read_text(encoding="utf-8").splitlines()):
         assert recognise(row["answer"]) == "omi2"
         assert stated_answer(row["answer"]) == ("hashes", row["answer"].split("#### ")[1])
         assert recognise(row["question"]) == "other"

@@ -237,6 +237,14 @@ def test_evaluate_copies_its_table(tmp_path, echochamber, executed):
     assert [path.name for path in out.parent.iterdir()] == ["graded.parquet"]
 
 
+def test_a_file_that_the_environment_names_is_part_of_the_runs_name(tmp_path, echochamber, executed, monkeypatch):
+    model = make_checkpoint(tmp_path / "model")
+    for text in ("one", "another"):
+        monkeypatch.setenv("ECHOCHAMBER_GSM8K", str(write_lines(tmp_path / "test.jsonl", GOOD | {"question": text})))
+        assert echochamber("evaluate", "--checkpoint", model, "--benchmark", "gsm8k")[0] == 0
+    assert executed[0].config.data == str(tmp_path / "test.jsonl") and executed[0].reference != executed[1].reference
+
+
 @pytest.mark.parametrize("folder", ["my model", "-x", "модель"])
 def test_any_folder_name_can_be_evaluated(folder, tmp_path, echochamber, executed):
     status, _, complaint = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / folder), "--benchmark", "gsm8k")

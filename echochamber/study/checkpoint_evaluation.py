@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 
 from ..core import StudyError, content_hash
-from ..data.benchmarks import BENCHMARKS, MINI
+from ..data.benchmarks import BENCHMARKS, MINI, local_file
 from ..data.problems import ProblemConfig
 from .graph import execute
 from .runs import Run, folder_status
@@ -87,6 +87,7 @@ def plan_evaluation(checkpoint: Path, benchmark: str, data: Path | None = None, 
     Raises `StudyError` for an unknown benchmark, a missing data file, a value that does not fit."""
     if benchmark not in BENCHMARKS:
         raise StudyError(f"unknown benchmark `{benchmark}`; known are {', '.join(BENCHMARKS)}")
+    data = data or local_file(benchmark)  # a file that the environment names is part of the run's name like any other
     data = Path(data).expanduser().resolve() if data else None
     if benchmark in MINI and data is None:
         options["problems"] = trained_problems(run_folder(checkpoint)) or ProblemConfig()
