@@ -67,17 +67,17 @@ def change_digit(answer: str, position: int) -> str:
     return f"{answer[:digit]}{(int(answer[digit]) + 1) % 10}{answer[digit + 1:]}"
 
 
-def test_math500_gold_answers_and_both_ends_changed(grader, real_file):
+def test_math500_gold_answers_and_both_ends_changed(real_file):
     golds = load_answers(real_file("math500"))
     assert len(golds) == 500
-    assert {grade.outcome for grade in grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds)} == {"correct"}
-    pairs = {(change_digit(gold, end), gold) for gold in golds for end in (0, -1) if re.search("[0-9]", gold)}
-    answers, golds = zip(*sorted(pairs), strict=True)
-    grades = grader.grade([rf"\boxed{{{answer}}}" for answer in answers], golds)
-    exceptions = {gold for grade, gold in zip(grades, golds, strict=True) if grade.outcome != "wrong"}
+    pairs = sorted({(change_digit(gold, end), gold) for gold in golds for end in (0, -1) if re.search("[0-9]", gold)})
+    with Grader(GraderConfig(latex_seconds=30)) as patient:  # a changed digit may make a power that takes seconds
+        right = patient.grade([rf"\boxed{{{gold}}}" for gold in golds], golds)
+        changed = patient.grade([rf"\boxed{{{answer}}}" for answer, _ in pairs], [gold for _, gold in pairs])
+    assert {grade.outcome for grade in right} == {"correct"} and patient.comparer.failures == 0
     # Units are not graded, so a changed power of a unit passes.
-    assert exceptions <= {r"864 \mbox{ inches}^2", r"15\mbox{ cm}^2"}
-    assert grader.comparer.failures == 0
+    passing = {gold for (_, gold), grade in zip(pairs, changed, strict=True) if grade.outcome != "wrong"}
+    assert passing <= {r"864 \mbox{ inches}^2", r"15\mbox{ cm}^2"}
 
 
 def test_audit_of_real_answers(real_file):
