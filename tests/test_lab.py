@@ -31,7 +31,7 @@ PICTURES = """(() => { const panel = document.querySelector('.jp-NotebookPanel:n
     return [...panel.querySelectorAll('img')].map(img => [img.complete, img.naturalWidth, img.src.slice(0, 200)]); })()"""
 
 
-def until(question, seconds: float = 60.0):
+def until(question, seconds: float = 180.0):
     "The first answer that is not empty; the last exception is told if there is none."
     deadline, error = time.monotonic() + seconds, None
     while time.monotonic() < deadline:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -140,6 +141,8 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
             scheduler = stack.enter_context(LocalCluster(
                 n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0, silence_logs=logging.CRITICAL,
                 dashboard_address="127.0.0.1:0"))
+        if isinstance(scheduler, str) and not re.search(r":\d+$", scheduler):
+            raise StudyError(f"{scheduler}: is no address of a Dask scheduler; give one like tcp://host:8786")
         try:
             client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
         except (OSError, ValueError, OverflowError) as error:

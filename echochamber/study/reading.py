@@ -278,6 +278,8 @@ def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, M
         return ""
     shipped = results.rows(condition, step)
     narrow = shipped.pretraining_seed.nunique() < shipped.seed.nunique()
+    if not narrow:  # on a like processor the same seed is the same run, and would be judged by itself
+        shipped = shipped[~shipped.seed.isin(own.seed)]
     values = {name: [seed_values(rows, metric, results.ks) for rows in (own, shipped)]
               for name, metric in metrics.items()}
     said = [f"{name} {place_of(*pair, results.problems, narrow)}" for name, pair in values.items()]
@@ -287,7 +289,7 @@ def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, M
     counted = "Your seed" if own.seed.nunique() == 1 else f"Your {own.seed.nunique()} seeds (mean)"
     return f"{counted} ({condition}): {'; '.join(said)}."
 
-
+# %% ../../nbs/study/06_reading.ipynb #c5f66c9c
 def place_of(own: pd.Series, shipped: pd.Series, problems: int, narrow: bool) -> str:
     "The reader's value beside those of the shipped seeds; unless their spread is too `narrow`, whether it fits."
     if narrow or len(shipped) < 3:
@@ -295,4 +297,4 @@ def place_of(own: pd.Series, shipped: pd.Series, problems: int, narrow: bool) ->
         return span if narrow else f"{span} (too few seeds for a spread)"
     low, high = prediction_interval(shipped.to_numpy(), trials=problems)
     place = "within" if low <= own.mean() <= high else "outside"
-    return f"{own.mean():.2f}, {place} the 95 % prediction interval of one new seed [{low:.2f}, {high:.2f}]"
+    return f"{own.mean():.2f}, {place} the 95 % prediction interval of one more seed [{low:.2f}, {high:.2f}]"
