@@ -145,15 +145,10 @@ def figures(names: FigureNames = None, preset: PresetOption = "laptop") -> None:
     """Draw figures again from the shipped results, without training; all of them if none is named.
 
     Example: echochamber figures convergence"""
-    from echochamber.study.conditions import find_preset
     from echochamber.study.figures import redraw
     from echochamber.study.reproduction import choose_figures
     chosen = [figure.name for figure in choose_figures(names)] if names else None
-    find_preset(preset)
-    if not (lines := redraw(preset, chosen)):
-        raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
-                         "figures of your own")
-    show_figures(lines, preset, ship=True)
+    show_figures(redraw(preset, chosen), preset, ship=True)
 
 # %% ../../nbs/study/11_cli.ipynb #8d638c99
 @app.command()

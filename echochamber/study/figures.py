@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder
-from .conditions import Condition, condition_labels, runs_of
+from .conditions import Condition, condition_labels, find_preset, runs_of
 from .execution import launch, run_task
 from .runs import Run, open_run
 from .stages import completions_sampled
@@ -229,8 +229,12 @@ def publish(run: Run, ship: bool = False) -> str:
 def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[str, str]:
     """Draw figures from the shipped tables, by default all whose tables are there; their verdict lines by name.
 
-    Raises `StudyError` if one fails."""
+    Raises `StudyError` if one fails, or no results of the preset are shipped."""
+    find_preset(preset)
     lines, there = {}, [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset, ship=True)]
+    if not there:
+        raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
+                         "figures of your own")
     for name in names or there:
         run = figure_run(FIGURES[name], preset, ship=True)
         if not run.done:
