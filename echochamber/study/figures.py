@@ -232,7 +232,7 @@ def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[s
     Raises `StudyError` if one fails, or no results of the preset are shipped."""
     find_preset(preset)
     lines, there = {}, [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset, ship=True)]
-    if not there:
+    if not (names or there):
         raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
                          "figures of your own")
     for name in names or there:
