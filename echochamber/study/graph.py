@@ -142,8 +142,8 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
                 n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0, silence_logs=logging.CRITICAL,
                 dashboard_address="127.0.0.1:0"))
         if isinstance(scheduler, str) and not re.search(r":\d+$", scheduler):
-            raise StudyError(f"{scheduler}: no Dask scheduler answers there, for it is no address like tcp://host:8786; "
-                             "give one, or leave --scheduler out")
+            raise StudyError(f"{scheduler}: no Dask scheduler answers there, for it is no address like "
+                             "tcp://host:8786; give one, or leave --scheduler out")
         try:
             client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
         except (OSError, ValueError, OverflowError) as error:
