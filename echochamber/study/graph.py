@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..core import StudyError
 from .execution import SESSION, THREADS, Task, launch, run_task
 from .fingerprint import cores
-from .runs import Run, read_progress, require_intact
+from .runs import Run, read_progress, require_intact, require_outputs
 
 # %% ../../nbs/study/07_graph.ipynb #97e1f5c5
 def plan(runs: Iterable[Run]) -> list[Run]:
@@ -282,7 +282,7 @@ def submit(job: Job, client, gpus: Sequence[str], threads: dict[str, int]) -> No
 
 def run_jobs(jobs: Sequence[Job], client, gpus: Sequence[str] = (), threads: dict[str, int] | None = None,
              refresh: Callable[[], None] = lambda: None) -> None:
-    "Have all jobs, parents first, executed by a Dask client. Raises `StudyError` if some fail or the scheduler is lost."
+    "Have jobs, parents first, executed by a Dask client. Raises `StudyError` if some fail or the scheduler is lost."
     try:
         for job in jobs:
             submit(job, client, gpus, threads or {})
@@ -308,8 +308,10 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     jobs = missing_jobs(runs, expected)
     if not jobs:
         return 0
+    require_outputs()
     workers, local = workers or default_workers(), not (scheduler or slurm)
-    display, threads = Display(jobs, workers, console or Console()), share_cores(runs, workers, cores()) if local else {}
+    display = Display(jobs, workers, console or Console())
+    threads = share_cores(runs, workers, cores()) if local else {}
     with dask_client(workers, scheduler, slurm) as client, display.bars:
         if not local and not client.scheduler_info()["workers"]:
             display.console.print("No worker has come yet; the runs start when one does.", highlight=False)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'DISK_IS_FULL', 'Run', 'check_chain', 'artefacts', 'write_manifest', 'verify_manifest', 'require_intact',
-           'folder_status', 'read_progress', 'Progress', 'locked', 'lock_owner', 'full_disk_as_error', 'open_run',
-           'record_provenance', 'record_failure', 'finished_run']
+           'folder_status', 'read_progress', 'Progress', 'locked', 'lock_owner', 'full_disk_as_error',
+           'require_outputs', 'open_run', 'record_provenance', 'record_failure', 'finished_run']
 
 # %% ../../nbs/study/01_runs.ipynb #219b440e
 import contextlib
@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,6 +209,17 @@ def full_disk_as_error(place: Path) -> Iterator[None]:
             raise StudyError(f"{place}: no space left on the disk; free some and run the command again, "
                              "finished runs are kept") from error
         raise
+
+# %% ../../nbs/study/01_runs.ipynb #de0a30e7
+def require_outputs() -> None:
+    "Raises `StudyError` if nothing can be written into the outputs folder."
+    folder = outputs_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise StudyError(f"{folder}: cannot be written to ({error.strerror}); make room there, or name another folder "
+                         "in the environment variable ECHOCHAMBER_OUTPUTS") from None
 
 # %% ../../nbs/study/01_runs.ipynb #58fcd94f
 @contextlib.contextmanager
