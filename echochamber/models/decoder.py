@@ -67,16 +67,21 @@ DECODERS = {
 
 # %% ../../nbs/models/00_decoder.ipynb #ad75e7a8
 def rope_frequencies(positions: Tensor, channels: int, theta: float) -> Tensor:
-    "Unit complex numbers e^{itω} for integer `positions` [B, T] → [B, T, 1, 1, C/2], in full precision."
+    "cos tω and sin tω for integer `positions` [B, T] → [B, T, 1, 1, C/2, 2], in full precision."
     exponents = torch.arange(0, channels, 2, device=positions.device).float() / channels  # [C/2]
     angles = positions[..., None, None, None] * (1.0 / theta**exponents)                  # [B, T, 1, 1, C/2]
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), -1)                                   # [B, T, 1, 1, C/2, 2]
 
 
 def apply_rope(heads: Tensor, rope: Tensor) -> Tensor:
-    "Turn each pair of channels of `heads` [B, T, K, H, C] by `rope` [B, T, 1, 1, C/2]."
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))                    # [B, T, K, H, C/2]
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(heads)                     # [B, T, K, H, C]
+    "Turn each pair of channels of `heads` [B, T, K, H, C] by `rope` [B, T, 1, 1, C/2, 2]."
+    pairs = heads.float().unflatten(-1, (-1, 2))                                           # [B, T, K, H, C/2, 2]
+    if torch.compiler.is_compiling():  # which fuses real products, and has no code for complex ones
+        (x, y), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)                             # [B, T, K, H, C/2] each
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), -1)                   # [B, T, K, H, C/2, 2]
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).type_as(heads)                                               # [B, T, K, H, C]
 
 # %% ../../nbs/models/00_decoder.ipynb #894ca4dc
 FUSED_ATTENTION_MIN_TOKENS = 512  # tokens; beyond it the stored scores outgrow the caches
