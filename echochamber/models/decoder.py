@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECODERS', 'FUSED_ATTENTION_MIN_TOKENS', 'LOGITS_AT_ONCE', 'DecoderShape', 'DecoderConfig', 'rope_frequencies',
            'apply_rope', 'causal_attention', 'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'chunked_over_vocabulary',
-           'token_log_probs', 'log_probs_and_entropy']
+           'token_log_probs', 'log_probs_and_entropy', 'CompiledDecoder']
 
 # %% ../../nbs/models/00_decoder.ipynb #ab04119d
 import torch
@@ -94,12 +94,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     tokens, seen = query.shape[2], key.shape[2]
     if mask is None and 1 < tokens < seen:
         raise ValueError("several tokens on top of a cache need a mask")
-    causal = mask is None and tokens == seen
-    if causal and tokens <= FUSED_ATTENTION_MIN_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    if mask is not None or tokens < seen:
+        return functional.scaled_dot_product_attention(query, key, value, mask)
+    if tokens <= FUSED_ATTENTION_MIN_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         future = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu(1)       # [T, T]
         scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2) + future          # [B, H, T, T]
         return scores.softmax(-1) @ value                                                  # [B, H, T, C]
-    return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 # %% ../../nbs/models/00_decoder.ipynb #9196c490
 class Attention(nn.Module):
@@ -218,3 +219,10 @@ def log_probs_and_entropy(decoder: Decoder, tokens: Tensor, mask: Tensor, temper
     found = chunked_over_vocabulary(log_prob_and_entropy, hidden, targets, vocab_size, logits_at_once)    # [M, 2]
     nothing = torch.zeros(mask.shape, device=tokens.device)                                # [N, T-1]
     return tuple(nothing.masked_scatter(mask, column) for column in found.unbind(-1))
+
+# %% ../../nbs/models/00_decoder.ipynb #5eaaec68
+class CompiledDecoder:
+    "The states of `decoder` by compiled code, and its own logits; `options` are those of `torch.compile`."
+    def __init__(self, decoder: Decoder, **options):
+        self.config, self.logits = decoder.config, decoder.logits
+        self.hidden = torch.compile(decoder.hidden, dynamic=True, fullgraph=True, **options)  # whole, or an error
