@@ -82,7 +82,7 @@ class StaticCache:
         keys, values = self.store[layer]                                              # [R, H, S, C] each
         return keys.index_copy_(2, self.column, key), values.index_copy_(2, self.column, value)
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a15
+# %% ../../nbs/models/04_engine.ipynb #e0000a16
 class Engine:
     "Weights, cache and state of at most `rows` rows of `columns` columns, at addresses that never change."
     def __init__(self, decoder: Decoder, rows: int, columns: int):
@@ -103,7 +103,7 @@ class Engine:
         "What a step changes and the next one reads, the cache apart."
         return self.tokens, self.positions, self.alive, self.column, self.step
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a17
+# %% ../../nbs/models/04_engine.ipynb #e0000a18
 def advance(engine: Engine, rows: int, columns: int, sampling: SamplingConfig, end_token: int) -> None:
     "One token for each of the first `rows` rows, which see `columns` columns; rows that have ended write `end_token`."
     tokens, positions, alive = (state[:rows] for state in (engine.tokens, engine.positions, engine.alive))   # [R] each
@@ -120,7 +120,7 @@ def advance(engine: Engine, rows: int, columns: int, sampling: SamplingConfig, e
     alive &= drawn != end_token
     positions += 1; engine.column += 1; engine.step += 1
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a1b
+# %% ../../nbs/models/04_engine.ipynb #e0000a1c
 def rehearse(step: Callable[[], None], state: Sequence[Tensor]) -> None:
     "Run `step()` and put the tensors of `state` back to what they were."
     before = [tensor.clone() for tensor in state]
@@ -143,7 +143,7 @@ def record_cuda_graph(step: Callable[[], None], engine: Engine) -> Callable[[], 
         step()  # is noted, not run
     return graph.replay
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a1d
+# %% ../../nbs/models/04_engine.ipynb #e0000a1e
 def record_operations(step: Callable[[], None], engine: Engine) -> Callable[[], None]:
     "What a CUDA graph does, on any device and without its speed."
     recording = Recording()
@@ -170,7 +170,7 @@ def run_segment(engine: Engine, tokens: int, rows: int, used: int, sampling: Sam
     for _ in range(tokens):
         engine.recordings[bucket]()
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a21
+# %% ../../nbs/models/04_engine.ipynb #e0000a22
 def fill(engine: Engine, prompts: Cache, prompt_of: Tensor, lengths: Tensor, first: Tensor, end_token: int) -> None:
     "Begin R rows: prompt `prompt_of` [R] of the right-padded cache, its length [R] and the `first` token [R] after it."
     rows, width = len(prompt_of), prompts.used
@@ -196,7 +196,7 @@ def close_ranks(engine: Engine, alive: Sequence[bool], used: int) -> Tensor:
         state[holes] = state[movers]
     return torch.arange(rows, device=device).index_copy(0, holes, movers)
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a24
+# %% ../../nbs/models/04_engine.ipynb #e0000a25
 ENGINES: list[Engine] = []  # the engine of the last call, if any; `clear()` gives its memory back
 
 
@@ -209,7 +209,7 @@ def engine_for(decoder: Decoder, rows: int, columns: int) -> Engine:
     copy_weights(decoder, ENGINES[0].decoder)
     return ENGINES[0]
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a26
+# %% ../../nbs/models/04_engine.ipynb #e0000a27
 CACHE_SHARE = 0.35  # of the memory of a GPU
 
 
@@ -228,12 +228,12 @@ def rows_at_once(decoder: Decoder, rows: int, columns: int) -> int:
     memory = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return min(rows, rows_that_fit(decoder.config, columns, memory, sampling_dtype(decoder).itemsize))
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a29
+# %% ../../nbs/models/04_engine.ipynb #e0000a2a
 def read_back(tensor: Tensor) -> list:
     "The values of a tensor, on the host; waits until the device has computed them."
     return tensor.tolist()
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a2a
+# %% ../../nbs/models/04_engine.ipynb #e0000a2b
 def complete(engine: Engine, prompts: Sequence[Sequence[int]], prompt_of: Tensor, uniforms: Tensor,
              sampling: SamplingConfig, end_token: int) -> tuple[Tensor, Tensor]:
     "A completion for each of `prompt_of` [R] → tokens, log-probabilities [R, max_new_tokens]; R rows fit the engine."
@@ -258,7 +258,7 @@ def complete(engine: Engine, prompts: Sequence[Sequence[int]], prompt_of: Tensor
         used += stop - start
     return tokens[:rows], log_probs[:rows]
 
-# %% ../../nbs/models/04_engine.ipynb #e0000a2b
+# %% ../../nbs/models/04_engine.ipynb #e0000a2c
 @torch.inference_mode()
 def static_decode(decoder: Decoder, prompts: Sequence[Sequence[int]], prompt_of: Tensor, uniforms: Tensor,
                   sampling: SamplingConfig, end_token: int) -> tuple[Tensor, Tensor]:

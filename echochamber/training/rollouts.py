@@ -54,7 +54,8 @@ def sample_and_grade(decoder: Decoder, tokenizer: Tokenizer, questions: Sequence
     "Draw `samples` completions for every question and grade them. `seeds`: one per question."
     started = time.perf_counter()
     prompts = [tokenizer.encode(question.question).ids for question in questions]
-    drawn = generate(decoder, prompts, samples, sampling, seeds, batch_rows, best_decode(decoder.embedding.weight.device))
+    decode = best_decode(decoder.embedding.weight.device)
+    drawn = generate(decoder, prompts, samples, sampling, seeds, batch_rows, decode)
     completions = Completions(**{name: tensor.cpu() for name, tensor in vars(drawn).items()})
     texts = tokenizer.decode_batch(completions.token_lists(), skip_special_tokens=False)
     generated = time.perf_counter()

@@ -143,7 +143,8 @@ class SupervisedTraining(WeightedLossModule):
 
     def compute_loss(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         "Part of the step's loss, scalar, and its statistics, from `tokens` [N, T], `mask` and `weights` [N, T-1]."
-        log_probs, entropy = log_probs_and_entropy(self.policy, batch["tokens"], batch["mask"], temperature=1.0)  # [N, T-1]
+        log_probs, entropy = log_probs_and_entropy(self.policy, batch["tokens"], batch["mask"],
+                                                   temperature=1.0)  # [N, T-1]
         loss, statistics = sft_loss(log_probs, batch["weights"])
         return {"likelihood_loss": loss}, statistics | {"entropy": entropy.sum()}
 
