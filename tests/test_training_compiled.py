@@ -50,3 +50,9 @@ def test_lengths_are_bucketed_and_compiled_once(counter, monkeypatch, tmp_path):
     config = SupervisedConfig(epochs=1, batch=8, micro_batch=4, precision="32-true")
     history = train_supervised(toy_task()[0], examples, config, tmp_path)
     assert len(history) == 5 and counter.frame_count <= 2
+
+
+def test_rl_in_bfloat16_reports_its_gap_and_stays_below_the_alarm(tmp_path):
+    config = grpo_config(8, **SIZES | {"precision": "bf16-mixed"})
+    gaps = train_policy(*toy_task(), config, tmp_path).sampler_gap.dropna()
+    assert len(gaps) == 4 and config.stop.sampler_gap and (gaps <= config.stop.sampler_gap / 5).all()

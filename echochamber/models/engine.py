@@ -97,6 +97,8 @@ class Engine:
         self.uniforms = torch.zeros(rows, SEGMENT, dtype=torch.float64, device=device)
         self.drawn = torch.zeros(rows, SEGMENT, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, SEGMENT, device=device)
+        self.pool, self.stream = ((torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if device.type == "cuda"
+                                  else (None, None))                                  # where graphs are recorded
 
     @property
     def state(self) -> tuple[Tensor, ...]:
@@ -131,15 +133,13 @@ def rehearse(step: Callable[[], None], state: Sequence[Tensor]) -> None:
 
 def record_cuda_graph(step: Callable[[], None], engine: Engine) -> Callable[[], None]:
     "The step of an engine as a CUDA graph; calling it is one launch."
-    engine.pool = getattr(engine, "pool", None) or torch.cuda.graph_pool_handle()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries set themselves up at the first calls, which no graph may contain
+    engine.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(engine.stream):  # libraries set themselves up at their first calls, which no graph may hold
         for _ in range(2):
             rehearse(step, engine.state)
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(engine.stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=engine.pool):
+    with torch.cuda.graph(graph, pool=engine.pool, stream=engine.stream):
         step()  # is noted, not run
     return graph.replay
 
@@ -160,15 +160,15 @@ RECORDERS: dict[str, Callable] = {"cuda": record_cuda_graph}  # by type of devic
 
 def run_segment(engine: Engine, tokens: int, rows: int, used: int, sampling: SamplingConfig, end_token: int) -> None:
     "Advance the first `rows` rows, whose cache has `used` columns, by so many tokens of the engine's `uniforms`."
-    columns = column_bucket(used + tokens)
-    bucket = (rows, columns, sampling.temperature, sampling.top_p, end_token)
+    bucket = (rows, column_bucket(used + tokens), sampling, end_token)
+    step = partial(advance, engine, *bucket)
     engine.step.zero_()
-    if bucket not in engine.recordings:
-        step = partial(advance, engine, rows, columns, sampling, end_token)
-        record = RECORDERS.get(engine.store.device.type)
-        engine.recordings[bucket] = record(step, engine) if record else step
+    if record := RECORDERS.get(engine.store.device.type):
+        if bucket not in engine.recordings:
+            engine.recordings[bucket] = record(step, engine)
+        step = engine.recordings[bucket]
     for _ in range(tokens):
-        engine.recordings[bucket]()
+        step()
 
 # %% ../../nbs/models/04_engine.ipynb #e0000a22
 def fill(engine: Engine, prompts: Cache, prompt_of: Tensor, lengths: Tensor, first: Tensor, end_token: int) -> None:
