@@ -45,11 +45,11 @@ def untrained_decoder() -> Decoder:
     return Decoder(DecoderConfig(width=32, layers=2, heads=2, vocab_size=400, context=32))
 
 
-def pretraining(folder: Path, report: Report, compiled: bool = False) -> Trained:
+def pretraining(folder: Path, report: Report, compiled: bool | None = None) -> Trained:
     fit = FitConfig(optimiser=OptimiserConfig(learning_rate=1e-2, warmup=5, horizon=60), steps=60, checkpoint_every=7, accumulate=2,
-                    precision="32-true")
+                    precision="32-true", compiled=compiled)
     model = untrained_decoder()
-    return model, pretrain(model, pretraining_data(), fit, folder, report=report, compiled=compiled)
+    return model, pretrain(model, pretraining_data(), fit, folder, report=report)
 
 
 def grpo(folder: Path, report: Report) -> Trained:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECODERS', 'FUSED_ATTENTION_MIN_TOKENS', 'LOGITS_AT_ONCE', 'DecoderShape', 'DecoderConfig', 'rope_frequencies',
            'apply_rope', 'causal_attention', 'Attention', 'MLP', 'norm', 'Block', 'Decoder', 'chunked_over_vocabulary',
-           'token_log_probs', 'log_probs_and_entropy']
+           'token_log_probs', 'log_probs_and_entropy', 'CompiledDecoder']
 
 # %% ../../nbs/models/00_decoder.ipynb #ab04119d
 import torch
@@ -67,16 +67,21 @@ DECODERS = {
 
 # %% ../../nbs/models/00_decoder.ipynb #ad75e7a8
 def rope_frequencies(positions: Tensor, channels: int, theta: float) -> Tensor:
-    "Unit complex numbers e^{itω} for integer `positions` [B, T] → [B, T, 1, 1, C/2], in full precision."
+    "cos tω and sin tω for integer `positions` [B, T] → [B, T, 1, 1, C/2, 2], in full precision."
     exponents = torch.arange(0, channels, 2, device=positions.device).float() / channels  # [C/2]
     angles = positions[..., None, None, None] * (1.0 / theta**exponents)                  # [B, T, 1, 1, C/2]
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), -1)                                   # [B, T, 1, 1, C/2, 2]
 
 
 def apply_rope(heads: Tensor, rope: Tensor) -> Tensor:
-    "Turn each pair of channels of `heads` [B, T, K, H, C] by `rope` [B, T, 1, 1, C/2]."
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))                    # [B, T, K, H, C/2]
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(heads)                     # [B, T, K, H, C]
+    "Turn each pair of channels of `heads` [B, T, K, H, C] by `rope` [B, T, 1, 1, C/2, 2]."
+    pairs = heads.float().unflatten(-1, (-1, 2))                                           # [B, T, K, H, C/2, 2]
+    if torch.compiler.is_compiling():  # which fuses real products, and has no code for complex ones
+        (x, y), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)                             # [B, T, K, H, C/2] each
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), -1)                   # [B, T, K, H, C/2, 2]
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).type_as(heads)                                               # [B, T, K, H, C]
 
 # %% ../../nbs/models/00_decoder.ipynb #894ca4dc
 FUSED_ATTENTION_MIN_TOKENS = 512  # tokens; beyond it the stored scores outgrow the caches
@@ -89,12 +94,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     tokens, seen = query.shape[2], key.shape[2]
     if mask is None and 1 < tokens < seen:
         raise ValueError("several tokens on top of a cache need a mask")
-    causal = mask is None and tokens == seen
-    if causal and tokens <= FUSED_ATTENTION_MIN_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    if mask is not None or tokens < seen:
+        return functional.scaled_dot_product_attention(query, key, value, mask)
+    if tokens <= FUSED_ATTENTION_MIN_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         future = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu(1)       # [T, T]
         scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2) + future          # [B, H, T, T]
         return scores.softmax(-1) @ value                                                  # [B, H, T, C]
-    return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 # %% ../../nbs/models/00_decoder.ipynb #9196c490
 class Attention(nn.Module):
@@ -213,3 +219,10 @@ def log_probs_and_entropy(decoder: Decoder, tokens: Tensor, mask: Tensor, temper
     found = chunked_over_vocabulary(log_prob_and_entropy, hidden, targets, vocab_size, logits_at_once)    # [M, 2]
     nothing = torch.zeros(mask.shape, device=tokens.device)                                # [N, T-1]
     return tuple(nothing.masked_scatter(mask, column) for column in found.unbind(-1))
+
+# %% ../../nbs/models/00_decoder.ipynb #5eaaec68
+class CompiledDecoder:
+    "The states of `decoder` by compiled code, and its own logits; `options` are those of `torch.compile`."
+    def __init__(self, decoder: Decoder, **options):
+        self.config, self.logits = decoder.config, decoder.logits
+        self.hidden = torch.compile(decoder.hidden, dynamic=True, fullgraph=True, **options)  # whole, or an error

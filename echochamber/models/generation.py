@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS_AT_ONCE', 'SamplingConfig', 'nucleus', 'sample_token', 'prompt_seeds', 'sampling_noise', 'Cache', 'compact',
-           'prefill', 'decode', 'Completions', 'generate']
+           'sampling_dtype', 'copy_weights', 'hold_weights', 'prefill', 'decode', 'Completions', 'generate']
 
 # %% ../../nbs/models/03_generation.ipynb #69671219
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,18 +97,40 @@ def compact(cache: Cache, alive: Tensor) -> Tensor:
     cache.store[:, :, holes, :, :cache.used] = cache.store[:, :, movers, :, :cache.used]
     return slots.index_copy(0, holes, movers)
 
+# %% ../../nbs/models/03_generation.ipynb #a70dd75c
+def sampling_dtype(decoder: Decoder) -> torch.dtype:
+    "Precision of the products here and now: autocast's where it is on, else that of the weights."
+    weight = decoder.embedding.weight
+    on = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if on else weight.dtype
+
+
+def copy_weights(source: Decoder, target: Decoder) -> None:
+    "Give `target`, an untied decoder, the weights of `source`, cast where they differ in precision."
+    state = source.state_dict()
+    target.load_state_dict({"head.weight": state["embedding.weight"]} | state)
+
+
+def hold_weights(decoder: Decoder) -> Decoder:
+    "A frozen copy that multiplies in the sampling precision without casting; untied, its embedding is not cast."
+    weight, dtype = decoder.embedding.weight, sampling_dtype(decoder)
+    with torch.device("meta"):                                                        # shapes without storage
+        held = Decoder(decoder.config.model_copy(update={"tied": False})).to(weight.dtype)
+    held.blocks.to(dtype), held.head.to(dtype)
+    held.to_empty(device=weight.device).requires_grad_(False)
+    copy_weights(decoder, held)
+    return held
+
 # %% ../../nbs/models/03_generation.ipynb #9f13a046
 def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor, Tensor]:
     "Read P prompts: their cache (right-padded), their lengths [P] and the logits [P, V] of what follows each."
-    weight = decoder.embedding.weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)  # [P]
+    device = decoder.embedding.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)        # [P]
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(weight.device)  # [P, T]
-    cache = Cache(decoder.config, *tokens.shape, dtype, weight.device)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [P, T]
+    cache = Cache(decoder.config, *tokens.shape, sampling_dtype(decoder), device)
     hidden = decoder.hidden(tokens, cache=cache)                                      # [P, T, D]
-    last = hidden[torch.arange(len(rows), device=weight.device), lengths - 1]         # [P, D]
+    last = hidden[torch.arange(len(rows), device=device), lengths - 1]                # [P, D]
     return cache, lengths, decoder.logits(last)
 
 # %% ../../nbs/models/03_generation.ipynb #3ad72926
@@ -157,19 +179,25 @@ class Completions:
         lengths = self.lengths - self.ended.long()                                    # [N]
         return [row[:length] for row, length in zip(self.tokens.tolist(), lengths.tolist(), strict=True)]
 
-# %% ../../nbs/models/03_generation.ipynb #48389229
-def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, sampling: SamplingConfig,
-             seeds: Sequence[int] | int = 0, batch_rows: int = 512) -> Completions:
-    """`samples` completions of each prompt, at most `batch_rows` rows at a time.
-
-    `seeds`: one integer for all, or one per prompt; the completions of a prompt depend on its seed and sample index,
-    not on the batch. Raises `StudyError` for an empty prompt."""
+# %% ../../nbs/models/03_generation.ipynb #018eea81
+def require_prompts(prompts: Sequence[Sequence[int]], samples: int) -> None:
+    "Raises `StudyError` if there is nothing to complete."
     empty = [place for place, prompt in enumerate(prompts) if not len(prompt)]
     if empty or not prompts or samples < 1:
         raise StudyError(f"nothing to complete ({len(prompts)} prompts, {samples} samples, empty ones: {empty[:5]}); "
                          "give at least one prompt of at least one token, and at least one sample")
+
+# %% ../../nbs/models/03_generation.ipynb #48389229
+def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], samples: int, sampling: SamplingConfig,
+             seeds: Sequence[int] | int = 0, batch_rows: int = 512, decode: Callable = decode) -> Completions:
+    """`samples` completions of each prompt, at most `batch_rows` rows at a time.
+
+    `seeds`: one integer for all, or one per prompt; the completions of a prompt depend on its seed and sample index,
+    not on the batch. `decode`: what completes a batch. Raises `StudyError` for an empty prompt."""
+    require_prompts(prompts, samples)
     seeds, end_token = prompt_seeds(seeds, len(prompts)) if isinstance(seeds, int) else seeds, decoder.config.end_token
     device, rows = decoder.embedding.weight.device, len(prompts) * samples
+    decoder = decoder if sampling_dtype(decoder) == decoder.embedding.weight.dtype else hold_weights(decoder)
     tokens = torch.full((rows, sampling.max_new_tokens), end_token, device=device)    # [N, T]
     log_probs = torch.zeros(tokens.shape, device=device)                              # [N, T]
     order = sorted(range(rows), key=lambda row: len(prompts[row // samples]))

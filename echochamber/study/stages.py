@@ -27,7 +27,6 @@ class PretrainConfig(StrictConfig):
     decoder: DecoderConfig = Field(description="shape of the model; its context is the length of packed rows")
     batch_size: int = Field(16, gt=0, description="rows per optimiser step")
     fit: FitConfig
-    compiled: bool = Field(False, description="fuse the work of a step: pays for long runs, needs a compiler on CPUs")
     snapshots: tuple[int, ...] = Field((), description="optimiser steps whose model is kept beside the last one")
     seed: int = Field(0, ge=0, description="seed of the weights and of the order of rows")
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'MetricHistory', 'AtomicCheckpointIO', 'ResumePoint',
            'check_initial_weights', 'SnapshotCallback', 'logarithmic_steps', 'ProgressCallback', 'fast_bf16',
-           'FitConfig', 'resolve_precision', 'quiet_lightning', 'make_loggers', 'make_trainer', 'refuse_forks_of_a_gpu',
-           'error_of_fork', 'fit']
+           'FitConfig', 'resolve_precision', 'resolve_compiled', 'quiet_lightning', 'make_loggers', 'make_trainer',
+           'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
 
 # %% ../../nbs/training/01_fitting.ipynb #16a2477d
 import hashlib
@@ -202,6 +202,7 @@ class FitConfig(StrictConfig):
     accumulate: int = Field(1, gt=0, description="micro-batches per optimiser step and process")
     checkpoint_every: int = Field(50, gt=0, description="distance of resume points [optimiser steps]")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
+    compiled: bool | None = Field(None, description="fuse the work of a step; on GPUs, if not given")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
 
 # %% ../../nbs/training/01_fitting.ipynb #3c9df3b2
@@ -210,6 +211,11 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return precision
     return "bf16-mixed" if fast_bf16("cuda" if torch.cuda.is_available() else "cpu") else "32-true"
+
+
+def resolve_compiled(compiled: bool | None) -> bool:
+    "Whether steps are compiled on this machine: as stated, else where a GPU computes."
+    return torch.cuda.is_available() if compiled is None else compiled
 
 # %% ../../nbs/training/01_fitting.ipynb #bbf582cf
 def quiet_lightning() -> None:
@@ -249,6 +255,17 @@ def error_of_fork(error: Exception) -> Exception:
     kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
     return StudyError(sentence) if kind.endswith("StudyError") else error
 
+# %% ../../nbs/training/01_fitting.ipynb #878750c7
+def run_trainer(trainer: L.Trainer, module: L.LightningModule, data, checkpoint: Path | None) -> None:
+    "Run the trainer from a checkpoint, if there is one; what a fork or a compiler raises is a `StudyError`."
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        raise error_of_fork(error) from error
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise StudyError(f"PyTorch could not compile the model ({str(error).splitlines()[0]}); "
+                         "install a C++ compiler (g++), or set `compiled` to false") from error
+
 # %% ../../nbs/training/01_fitting.ipynb #534d8058
 def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callbacks: Iterable[L.Callback] = (),
         report: Callable[[int, int, str], None] | None = None, metric: str = "loss") -> pd.DataFrame:
@@ -256,7 +273,7 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
 
     `data`: a `LightningDataModule`, or any sized iterable of micro-batches that starts at the trainer's step.
     Returns the history: one row per optimiser step. Raises `StudyError` for a damaged resume point, for data that
-    run out before the last step, and for processes that a notebook with a GPU cannot start."""
+    run out before the last step, for processes that a notebook with a GPU cannot start, and for a missing compiler."""
     quiet_lightning()
     refuse_forks_of_a_gpu(config.processes)
     folder = Path(folder)
@@ -265,10 +282,7 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
     if report is not None:
         callbacks.append(ProgressCallback(report, metric))
     trainer = make_trainer(config, folder, callbacks)
-    try:
-        trainer.fit(module, data, ckpt_path=resume if resume.exists() else None)
-    except torch.multiprocessing.ProcessRaisedException as error:
-        raise error_of_fork(error) from error
+    run_trainer(trainer, module, data, resume if resume.exists() else None)
     rows = pd.read_parquet(history)
     if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
         raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "

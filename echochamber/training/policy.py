@@ -20,7 +20,7 @@ from .algorithms import OnPolicyConfig
 from .critic import Critic
 from .diagnostics import StopConditions
 from .experience import RolloutData
-from .fitting import check_initial_weights, fit, make_optimiser
+from .fitting import check_initial_weights, fit, make_optimiser, resolve_compiled
 from .losses import policy_loss, value_loss
 from .rollouts import GradesCompletions
 from .steps import WeightedLossModule
@@ -32,10 +32,12 @@ class OnPolicyModule(WeightedLossModule):
     def __init__(self, policy: Decoder, config: OnPolicyConfig, critic: Critic | None = None):
         super().__init__({"policy": policy} | ({"critic": critic} if critic else {}), config.fit)
         self.algorithm = config
+        if critic and resolve_compiled(config.fit.compiled):
+            critic.compile(dynamic=True)
 
     def compute_loss(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         config, tokens = self.algorithm, batch["tokens"]  # [N, T]
-        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], tokens, batch["weights"] > 0,
+        log_probs, entropy = log_probs_and_entropy(self.policy, tokens, batch["weights"] > 0,
                                                    config.rollouts.sampling.temperature)  # [N, T-1]
         loss, statistics = policy_loss(log_probs, batch["old_log_probs"], batch.get("reference_log_probs"),
                                        batch["advantages"], batch["weights"], config.loss, entropy)

@@ -19,7 +19,7 @@ from ..core import StudyError
 from ..data.tokens import PackedData
 from ..models.decoder import Decoder, token_log_probs
 from .distributed import world_size, compute_device
-from .fitting import FitConfig, fit, make_optimiser
+from .fitting import FitConfig, fit, make_optimiser, resolve_compiled
 
 # %% ../../nbs/training/02_pretraining.ipynb #06e3ae90
 def next_token_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
@@ -46,11 +46,12 @@ def require_number(loss: float, step: int) -> None:
 
 # %% ../../nbs/training/02_pretraining.ipynb #80eae792
 class Pretraining(L.LightningModule):
-    "Next-token prediction over packed rows `[B, T+1]`; `compiled`: fuse the work of a step."
+    "Next-token prediction over packed rows `[B, T+1]`."
 
-    def __init__(self, decoder: Decoder, config: FitConfig, compiled: bool = False):
+    def __init__(self, decoder: Decoder, config: FitConfig):
         super().__init__()
         self.decoder, self.config = decoder, config
+        compiled = resolve_compiled(config.compiled)
         self.loss = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
         self.losses, self.tokens, self.clock = [], 0, time.perf_counter()
 
@@ -74,13 +75,8 @@ class Pretraining(L.LightningModule):
 
 # %% ../../nbs/training/02_pretraining.ipynb #48f601e2
 def pretrain(decoder: Decoder, data: PackedData, config: FitConfig, folder: Path, callbacks=(),
-             report: Callable[[int, int, str], None] | None = None, compiled: bool = False) -> pd.DataFrame:
+             report: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
     """Pretrain `decoder` in place, resuming from `folder` if it holds a resume point; returns the history.
 
-    Raises `StudyError` where `compiled` asks for a compiler that the machine does not have, and for a loss that is no
-    longer a number."""
-    try:
-        return fit(Pretraining(decoder, config, compiled), data, config, folder, callbacks, report)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise StudyError(f"PyTorch could not compile the model ({str(error).splitlines()[0]}); "
-                         "install a C++ compiler (g++), or set `compiled` to false") from error
+    Raises `StudyError` for a loss that is no longer a number, and as `fit` does."""
+    return fit(Pretraining(decoder, config), data, config, folder, callbacks, report)

@@ -22,6 +22,7 @@ from ..core import StudyError
 from ..data.benchmarks import Question
 from ..grading.answers import Grade
 from ..models.decoder import Decoder
+from ..models.engine import best_decode
 from ..models.generation import Completions, SamplingConfig, generate
 
 # %% ../../nbs/training/05_rollouts.ipynb #6d6c8cab
@@ -53,7 +54,8 @@ def sample_and_grade(decoder: Decoder, tokenizer: Tokenizer, questions: Sequence
     "Draw `samples` completions for every question and grade them. `seeds`: one per question."
     started = time.perf_counter()
     prompts = [tokenizer.encode(question.question).ids for question in questions]
-    drawn = generate(decoder, prompts, samples, sampling, seeds=seeds, batch_rows=batch_rows)
+    decode = best_decode(decoder.embedding.weight.device)
+    drawn = generate(decoder, prompts, samples, sampling, seeds, batch_rows, decode)
     completions = Completions(**{name: tensor.cpu() for name, tensor in vars(drawn).items()})
     texts = tokenizer.decode_batch(completions.token_lists(), skip_special_tokens=False)
     generated = time.perf_counter()

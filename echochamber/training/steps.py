@@ -8,13 +8,15 @@ __all__ = ['Part', 'step_metrics', 'sampler_gap', 'LoggedModule', 'WeightedLossM
 # %% ../../nbs/training/10_steps.ipynb #b48439be
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import lightning as L
 import torch
 
 from ..core import StudyError
+from ..models.decoder import CompiledDecoder, Decoder
 from .distributed import gather, world_size
-from .fitting import FitConfig, make_optimiser
+from .fitting import FitConfig, make_optimiser, resolve_compiled
 from .losses import combine_statistics, mean_statistics
 
 # %% ../../nbs/training/10_steps.ipynb #cbdd5c22
@@ -69,6 +71,12 @@ def on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # %% ../../nbs/training/10_steps.ipynb #eb9eeba2
 class WeightedLossModule(LoggedModule):
     "Minimises a sum of weighted losses over the micro-batches of a step."
+
+    @cached_property
+    def policy(self) -> Decoder | CompiledDecoder:
+        "What scores the tokens: the policy, compiled where the config says so."
+        policy = self.networks["policy"]
+        return CompiledDecoder(policy) if resolve_compiled(self.config.compiled) else policy
 
     def compute_loss(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         "Parts of the loss by name, scalars to be added up, and sums of statistics over live tokens."

@@ -27,8 +27,8 @@ from ..data.problems import Problem
 from ..data.tokens import epoch_rows
 from ..models.decoder import Decoder, log_probs_and_entropy
 from .distributed import global_rank
-from .experience import split_micro_batches
-from .fitting import FitConfig, OptimiserConfig, fit
+from .experience import LENGTH_BUCKET, split_micro_batches
+from .fitting import FitConfig, OptimiserConfig, fit, resolve_compiled
 from .losses import LossConfig, loss_weights, sft_loss
 from .rollouts import pad_prompt_completion
 from .steps import WeightedLossModule
@@ -111,7 +111,8 @@ class ExampleData(L.LightningDataModule):
         examples = sorted((self.examples[row] for row in chosen), key=lambda one: len(one.prompt) + len(one.completion))
         batch = pad_prompt_completion([one.prompt for one in examples], [one.completion for one in examples])
         weighted = batch | {"weights": loss_weights(batch["mask"], LossConfig(normaliser="token"))}
-        return split_micro_batches(weighted, config.micro_batch)[rank :: config.processes]
+        multiple = LENGTH_BUCKET if resolve_compiled(None) else 1
+        return split_micro_batches(weighted, config.micro_batch, multiple)[rank :: config.processes]
 
     def train_dataloader(self):
         return ExampleLoader(self)
@@ -142,7 +143,7 @@ class SupervisedTraining(WeightedLossModule):
 
     def compute_loss(self, batch: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         "Part of the step's loss, scalar, and its statistics, from `tokens` [N, T], `mask` and `weights` [N, T-1]."
-        log_probs, entropy = log_probs_and_entropy(self.networks["policy"], batch["tokens"], batch["mask"],
+        log_probs, entropy = log_probs_and_entropy(self.policy, batch["tokens"], batch["mask"],
                                                    temperature=1.0)  # [N, T-1]
         loss, statistics = sft_loss(log_probs, batch["weights"])
         return {"likelihood_loss": loss}, statistics | {"entropy": entropy.sum()}
