@@ -6,7 +6,7 @@
 __all__ = ['STORED_BYTES_PER_TOKEN', 'TOKENS_PER_SECOND', 'BATCH', 'SourceChoice', 'CorpusConfig', 'choose_source', 'Unit',
            'Plan', 'units_of', 'plan_corpus', 'expected_costs', 'expected_hours', 'require_space', 'write_documents',
            'training_tokens', 'unit_tools', 'is_prepared', 'prepare_unit', 'planned', 'begin', 'finish', 'prepare',
-           'end_with_parent', 'processes', 'corpora_folder']
+           'read_manifest', 'corpus_fingerprint', 'end_with_parent', 'processes', 'corpora_folder']
 
 # %% ../../nbs/data/09_preparation.ipynb #a93414a2
 import contextlib
@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from ..core import StrictConfig, StudyError, atomic_path, outputs_folder, write_json, write_text
+from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder, write_json, write_text
 from .contamination import Contamination, benchmark_questions
 from .files import BLOCK, list_files, patiently, repository_root, resolve_revision
 from .llama import LLAMA2, LLAMA2_SHA256, PieceEncoder, as_read_here, read_llama_tokenizer
@@ -298,6 +298,29 @@ def prepare(config: CorpusConfig, folder: str | Path, mirror: str | None = None,
     except Timeout:
         raise StudyError(f"{folder}: another process prepares this corpus; wait for it or end it") from None
     return folder
+
+# %% ../../nbs/data/09_preparation.ipynb #0f204f01
+def read_manifest(folder: str | Path) -> pd.DataFrame:
+    "The lines of a finished corpus. Raises `StudyError` if it is not finished, or a file has another length."
+    folder = Path(folder)
+    try:
+        lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        manifest = pd.DataFrame(map(json.loads, lines))
+    except (OSError, ValueError):
+        begun = "is not completely prepared" if (folder / "plan.json").exists() else "holds no prepared corpus"
+        raise StudyError(f"{folder}: {begun}; run `echochamber data prepare`") from None
+    for line in manifest.itertuples():
+        path = folder / line.file
+        if (size := path.stat().st_size if path.exists() else -1) != 2 * line.tokens:
+            raise StudyError(f"{path}: {f'has {size:,} bytes' if size >= 0 else 'is missing'}, the manifest says "
+                             f"{2 * line.tokens:,} bytes; run `echochamber data prepare` again, which mends it")
+    return manifest
+
+
+def corpus_fingerprint(folder: str | Path) -> str:
+    "Content hash of a finished corpus: of its tokenizer, and of its manifest with the hash of every file."
+    read_manifest(folder)
+    return content_hash(Path(folder) / "manifest.jsonl", Path(folder) / "tokenizer.json")
 
 # %% ../../nbs/data/09_preparation.ipynb #801cc8b1
 def end_with_parent() -> None:
