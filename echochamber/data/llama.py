@@ -160,7 +160,7 @@ def read_llama_tokenizer(place: str = LLAMA2, sha256: str | None = LLAMA2_SHA256
         model = read_file(root, "tokenizer.model")
         if (found := hashlib.sha256(model).hexdigest()) != sha256:
             raise StudyError(f"{root}/tokenizer.model: its SHA-256 begins with {found[:12]}, not with {sha256[:12]}; "
-                             f"give the folder of {LLAMA2}, or state that any tokenizer will do")
+                             f"give the folder of {LLAMA2}, or set `sha256` to null to take any tokenizer")
         if sentencepiece_entries(model) != entries_of(tokenizer):
             raise StudyError(f"{root}/tokenizer.json: has other entries than the tokenizer.model beside it; "
                              "fetch both files again")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STORED_BYTES_PER_TOKEN', 'TOKENS_PER_SECOND', 'BATCH', 'SourceChoice', 'CorpusConfig', 'choose_source', 'Unit',
-           'Plan', 'units_of', 'plan_corpus', 'expected_costs', 'expected_hours', 'require_space', 'write_documents',
-           'training_tokens', 'unit_tools', 'is_prepared', 'prepare_unit', 'planned', 'begin', 'finish', 'prepare',
-           'read_manifest', 'corpus_fingerprint', 'end_with_parent', 'processes', 'corpora_folder']
+           'Plan', 'units_of', 'plan_corpus', 'expected_costs', 'expected_hours', 'require_space', 'cost_lines',
+           'write_documents', 'training_tokens', 'unit_tools', 'is_prepared', 'prepare_unit', 'planned', 'begin',
+           'finish', 'prepare', 'read_manifest', 'corpus_fingerprint', 'corpus_lines', 'end_with_parent', 'processes',
+           'corpus_folder']
 
 # %% ../../nbs/data/09_preparation.ipynb #a93414a2
 import contextlib
@@ -169,8 +170,22 @@ def require_space(folder: Path, costs: pd.DataFrame) -> None:
     if needed > free:
         raise StudyError(f"{folder}: the tokens need about {needed / 1e9:,.1f} GB (an estimate: "
                          f"{costs.tokens.sum() / 1e9:,.2f}B of them at 2 bytes, and a tenth), "
-                         f"{free / 1e9:,.1f} GB are free there; free some, name another folder, or take less of a "
+                         f"{free / 1e9:,.1f} GB are free there; free some, give another --name, or take less of a "
                          "source as in finemath=2e9")
+
+# %% ../../nbs/data/09_preparation.ipynb #3db206ff
+def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second: float = 100) -> list[str]:
+    "What a plan will cost, line by line. Raises `StudyError` if the disk is too small for it."
+    costs, total = expected_costs(plan), expected_costs(plan).sum()
+    require_space(folder, costs)
+    lines = [f"{name}: {plan.source(name).repository} at {plan.revisions[name][:12]}, {own.units:,} units, "
+             f"{own.fetched / 1e9:,.2f} GB to fetch, about {own.tokens / 1e9:,.2f}B tokens"
+             + (f" (all of the source: {own.published / 1e9:,.2f}B, counted by others)" if pd.notna(own.published) else "")
+             for name, own in costs.iterrows()]
+    hours = expected_hours(costs, workers, megabytes_per_second)
+    return [*lines, f"together, estimated from the sizes of files: {total.tokens / 1e9:,.2f}B tokens, "
+            f"{total.disk / 1e9:,.1f} GB on the disk, {total.requests:,} requests, {hours:,.1f} hours with {workers} "
+            f"processes and {megabytes_per_second:g} MB/s"]
 
 # %% ../../nbs/data/09_preparation.ipynb #71775dca
 BATCH = 512  # rows at a time
@@ -252,12 +267,12 @@ def planned(config: CorpusConfig, folder: Path, mirror: str | None = None) -> Pl
     folder = Path(folder)
     if not (folder / "plan.json").exists():
         if folder.exists() and any(folder.iterdir()) and not (folder / "benchmarks.json").exists():
-            raise StudyError(f"{folder}: is not empty and holds no corpus; name another folder with --out")
+            raise StudyError(f"{folder}: is not empty and holds no corpus; give another --name")
         return plan_corpus(config, mirror)
     plan = Plan.load(folder / "plan.json")
     if plan.config != config:
         raise StudyError(f"{folder}: holds a corpus of another config ({' '.join(plan.revisions)}); ask for the same "
-                         "sources, budgets and tokenizer to continue it, or name another folder with --out")
+                         "sources, budgets and tokenizer to continue it, or give another --name")
     return plan
 
 
@@ -322,6 +337,19 @@ def corpus_fingerprint(folder: str | Path) -> str:
     read_manifest(folder)
     return content_hash(Path(folder) / "manifest.jsonl", Path(folder) / "tokenizer.json")
 
+# %% ../../nbs/data/09_preparation.ipynb #a5b13bea
+def corpus_lines(manifest: pd.DataFrame) -> list[str]:
+    "What a finished corpus holds, a line for each source."
+    lines = []
+    for name, own in manifest.groupby("source", sort=False):
+        rejected, found = (sum(map(Counter, column), Counter()) for column in (own.rejected, own.contaminated))
+        lines.append(f"{name}: {own.tokens.sum():,} tokens in {own.documents.sum():,} documents, of which "
+                     f"{(own.tokens - own.training_tokens).sum():,} tokens are held out; rows rejected: "
+                     f"{', '.join(f'{count} {reason}' for reason, count in rejected.items()) or 'none'}; documents with a "
+                     f"question of {', '.join(f'{name} {found[name]}' for name in own.contaminated.iloc[0]) or 'none'}"
+                     + f", {own.dropped.sum()} left out")
+    return lines
+
 # %% ../../nbs/data/09_preparation.ipynb #801cc8b1
 def end_with_parent() -> None:
     "End this process as soon as the one that started it has ended, in whatever way."
@@ -346,7 +374,7 @@ def processes(workers: int) -> Iterator[Callable]:
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/data/09_preparation.ipynb #23efa6a1
-def corpora_folder() -> Path:
-    "Where prepared corpora are kept unless another folder is named."
-    return outputs_folder() / "corpora"
+# %% ../../nbs/data/09_preparation.ipynb #cee12052
+def corpus_folder(name: str | Path) -> Path:
+    "The folder of a corpus: by its name below `outputs/corpora`, or an absolute path."
+    return outputs_folder() / "corpora" / name

@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
-from .preparation import corpus_fingerprint, read_manifest
+from .preparation import corpus_fingerprint, corpus_folder, read_manifest
 
 # %% ../../nbs/data/10_token_files.ipynb #785efcad
 @lru_cache(maxsize=256)
@@ -54,7 +54,7 @@ class PreparedSource(StrictConfig):
 
 class PreparedMixtureConfig(StrictConfig):
     "What a model reads of a prepared corpus."
-    corpus: str = Field(description="folder of the corpus")
+    corpus: str = Field(description="its name below outputs/corpora, or the path of its folder")
     corpus_hash: str | None = Field(None, description="content hash of its manifest, so that another corpus is another run")
     sources: tuple[PreparedSource, ...] = Field((), description="the mixture; empty for every source once")
     tokens: int | None = Field(None, gt=0, description="budget [tokens]; None: every source `repeat` times")
@@ -128,7 +128,7 @@ def open_mixture(config: PreparedMixtureConfig, context: int) -> tuple[MixtureRo
     """Training rows of a mixture, and the held-out rows of each of its sources, `context + 1` tokens each.
 
     Raises `StudyError` if the corpus is not finished or another one, lacks a source, or a source fills no row."""
-    folder = Path(config.corpus)
+    folder = corpus_folder(config.corpus)
     manifest = dict(list(read_manifest(folder).groupby("source", sort=False)))
     if config.corpus_hash not in (None, found := corpus_fingerprint(folder)):
         raise StudyError(f"{folder}: is another corpus ({found}) than the config names ({config.corpus_hash}); "
