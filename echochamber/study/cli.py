@@ -181,7 +181,7 @@ def run(stage: Annotated[str, typer.Argument(help="pretrain, finetune or evaluat
 
 # %% ../../nbs/study/11_cli.ipynb #80c3878d
 CheckpointOption = Annotated[Path, path_option("FOLDER", "of a checkpoint, or of a finished run: its last one")]
-BenchmarkOption = Annotated[str, typer.Option(help="mini-gsm, mini-math, gsm8k, math500 or aime")]
+BenchmarkOption = Annotated[str, typer.Option(help="mini-gsm, mini-math, gsm8k, gsm1k, math500, aime, aime24, …")]
 DataOption = Annotated[Path | None, path_option("FILE", "JSON lines of the benchmark, instead of the Hub")]
 SamplesOption = Annotated[int, typer.Option(min=0, help="sampled completions per question, beside the greedy one")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="only so many questions, a fixed choice from all of them")]
