@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'save_weights', 'save_model', 'load_weights', 'load_into', 'tokenizer_of',
            'begin_tokens', 'load_model', 'export_to_transformers', 'end_token_of', 'find_weights',
-           'import_from_transformers']
+           'import_from_transformers', 'checkpoint_files', 'checkpoint_hash']
 
 # %% ../../nbs/models/02_checkpoints.ipynb #5318af77
 import json
@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from ..core import StudyError, atomic_path, read_json, write_json
-from ..data.tokens import load_tokenizer, save_tokenizer
+from ..core import StudyError, atomic_path, content_hash, read_json, write_json
+from ..data.tokens import TOKENIZER_FILE, load_tokenizer, save_tokenizer
 from .decoder import Decoder, DecoderConfig
 from .olmo import from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
@@ -165,3 +165,15 @@ def import_from_transformers(folder: str | Path, pickles: bool = False) -> tuple
     except (KeyError, RuntimeError):  # a name is missing or a shape differs
         whole = False
     return load_into(config, state if whole else {}, folder), tokenizer
+
+# %% ../../nbs/models/02_checkpoints.ipynb #e0b30007
+def checkpoint_files(folder: Path, pickles: bool = False) -> list[Path]:
+    "The files that make a checkpoint, ours or Transformers': weights, shape, tokenizer, and what names the end token."
+    optional = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    required = [*find_weights(folder, pickles), folder / CONFIG_FILE, folder / TOKENIZER_FILE]
+    return required + [file for file in optional if file.is_file()]
+
+
+def checkpoint_hash(folder: Path) -> str:
+    "Content hash of a checkpoint."
+    return content_hash(*checkpoint_files(folder))
