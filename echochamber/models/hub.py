@@ -33,7 +33,7 @@ def hub_refusal(name: str, error: Exception) -> StudyError:
         case _ if getattr(response, "status_code", None) == 429:
             mend = f"the Hub is asked too often; try again in {response.headers.get('Retry-After', '300')} seconds"
         case _:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].partition(". ")[0]
             mend = f"cannot be fetched from the Hub ({reason}); connect to the network, or give the folder of a copy"
     return StudyError(f"{name}: {mend}")
 
