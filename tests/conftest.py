@@ -22,8 +22,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # The files of real benchmarks that the environment names (`data/benchmarks`) are for the tests that ask for them: all
 # others find none, on whatever machine they run.
-REAL_FILES = {variable: os.environ.get(variable) for variable in
-              ("ECHOCHAMBER_GSM8K", "ECHOCHAMBER_MATH500", "ECHOCHAMBER_AIME")}
+REAL_FILES = {variable: os.environ.get(variable) for variable in (
+    "ECHOCHAMBER_GSM8K", "ECHOCHAMBER_GSM8K_TRAIN", "ECHOCHAMBER_GSM1K", "ECHOCHAMBER_MATH500", "ECHOCHAMBER_MATH_TRAIN",
+    "ECHOCHAMBER_AIME", "ECHOCHAMBER_AIME24")}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def no_local_benchmarks(monkeypatch):
 def real_file() -> Callable[[str], Path]:
     "The file of a real benchmark by its name; the test that asks for one skips where the environment names none."
     def find(name: str) -> Path:
-        variable = f"ECHOCHAMBER_{name.upper()}"
+        variable = f"ECHOCHAMBER_{name.upper().replace('-', '_')}"
         return Path(REAL_FILES[variable]) if REAL_FILES[variable] else pytest.skip(f"{variable} names no file")
     return find
 

@@ -4,21 +4,50 @@ import json
 import datasets
 import pytest
 
-from echochamber.core import StudyError
+from echochamber.core import StudyError, content_hash
 from echochamber.data import benchmarks
-from echochamber.data.benchmarks import load_benchmark
+from echochamber.data.benchmarks import REAL, boxed_answer, check_content, load_benchmark
 from echochamber.data.problems import ProblemConfig, split_of
 
 GOOD = {"question": "2 + 2?", "answer": "#### 4"}
 
 
-@pytest.mark.parametrize("name, count", [("gsm8k", 1319), ("math500", 500), ("aime", 30)])
+@pytest.mark.parametrize("name, count", [("gsm8k", 1319), ("gsm8k-train", 7473), ("gsm1k", 1205), ("math500", 500),
+                                         ("math-train", 7500), ("aime", 90), ("aime24", 30)])
 def test_real_files_load_completely(name, count, real_file):
     questions = load_benchmark(name, real_file(name))
     assert len(questions) == count and all(q.question == q.question.strip() != "" for q in questions)
     assert all(q.answer and "####" not in q.answer for q in questions)
-    if name != "math500":
+    if "math" not in name:
         assert all(q.answer.lstrip("-").isdigit() for q in questions)
+    assert {q.year for q in questions} == {"aime": {2022, 2023, 2024}, "aime24": {2024}}.get(name, {None})
+
+
+def test_the_last_box_of_a_real_solution_is_its_stated_answer(real_file):
+    rows = list(map(json.loads, real_file("math500").read_text(encoding="utf-8").splitlines()))
+    assert [boxed_answer(row["solution"]) for row in rows] == [row["answer"] for row in rows]
+
+
+def test_an_answer_with_leading_zeros_is_a_number(tmp_path):
+    "AIME's copies write 4 as `4` or as `004`; a vote that counts both as different answers is wrong."
+    path = tmp_path / "aime.jsonl"
+    rows = [{"id": 0, "problem": "x?", "solution": "s", "answer": answer, "url": f"https://wiki/{year}_AIME_II_Problems/Problem_7"}
+            for answer, year in (("004", 2022), ("073", 2023), ("000", 2024))]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [(q.answer, q.year) for q in load_benchmark("aime", path)] == [("4", 2022), ("73", 2023), ("0", 2024)]
+    path.write_text(json.dumps(rows[0] | {"answer": "4.5"}), encoding="utf-8")
+    with pytest.raises(StudyError, match="line 1: has the answer '4.5', which is no whole number"):
+        load_benchmark("aime", path)
+
+
+def test_a_file_of_another_content_is_refused(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    told = content_hash(path)
+    check_content(path, told)
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD), encoding="utf-8")
+    with pytest.raises(StudyError, match="questions.jsonl: its content is not what the config names"):
+        load_benchmark("gsm8k-train", path, data_hash=told)
 
 
 def test_a_limit_is_a_seeded_sample_in_order(tmp_path):
@@ -100,7 +129,16 @@ def test_other_ways_to_fail(tmp_path, monkeypatch):
 
 
 def test_the_hub_is_read_by_the_declared_fields(monkeypatch):
-    rows = {"openai/gsm8k": GOOD, "HuggingFaceH4/MATH-500": {"problem": "x?", "solution": "s", "answer": "\\frac{1}{2}"},
-            "Maxwell-Jia/AIME_2024": {"ID": "1", "Problem": "y?", "Solution": "s", "Answer": 33}}
-    monkeypatch.setattr(benchmarks, "load_dataset", lambda hub, config, split: datasets.Dataset.from_list([rows[hub]]))
-    assert [load_benchmark(name)[0].answer for name in ("gsm8k", "math500", "aime")] == ["4", "\\frac{1}{2}", "33"]
+    test, train = GOOD, {"question": "3 + 3?", "answer": "3 + 3 = <<3+3=6>>6\n#### 6"}
+    rows = {("openai/gsm8k", "main", "test"): test, ("openai/gsm8k", "main", "train"): train, ("ScaleAI/gsm1k", None, "test"): train,
+            ("HuggingFaceH4/MATH-500", None, "test"): {"problem": "x?", "solution": "s", "answer": "\\frac{1}{2}"},
+            ("DigitalLearningGmbH/MATH-lighteval", "default", "train"):
+                {"problem": "x?", "level": "Level 2", "solution": "It is $\\boxed{\\frac{1}{3}}$.", "type": "Algebra"},
+            ("AI-MO/aimo-validation-aime", None, "train"): {"id": 0, "problem": "y?", "solution": "s", "answer": "007",
+                                                            "url": "https://wiki/2023_AIME_I_Problems/Problem_1"},
+            ("Maxwell-Jia/AIME_2024", None, "train"): {"ID": "2024-I-4", "Problem": "y?", "Solution": "s", "Answer": 33}}
+    monkeypatch.setattr(benchmarks, "load_dataset", lambda *place, split: datasets.Dataset.from_list([rows[*place, split]]))
+    found = {name: load_benchmark(name)[0] for name in REAL}
+    assert {name: question.answer for name, question in found.items()} == {
+        "gsm8k": "4", "gsm8k-train": "6", "gsm1k": "6", "math500": "\\frac{1}{2}", "math-train": "\\frac{1}{3}", "aime": "7", "aime24": "33"}
+    assert (found["aime"].year, found["aime24"].year) == (2023, 2024)

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import OlmoConfig, OlmoForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 
 from echochamber.core import StudyError
 from echochamber.data.tokens import save_tokenizer, train_tokenizer
-from echochamber.models.checkpoints import export_to_transformers, import_from_transformers, load_model, save_model
-from echochamber.models.decoder import Decoder, DecoderConfig
+from echochamber.models.checkpoints import begin_tokens, export_to_transformers, import_from_transformers, load_model, save_model
+from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig, generate
 from echochamber.models.olmo import to_olmo_config
 
@@ -166,4 +167,104 @@ def test_an_end_token_outside_the_vocabulary_is_refused(saved, tmp_path):
     values = json.loads(shape.read_text(encoding="utf-8"))
     del values["eos_token_id"]
     shape.write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "theirs" / "tokenizer_config.json").unlink()                                # which would name it
     assert "end_token 50279 is outside the vocabulary of 300" in sentence(lambda: import_from_transformers(tmp_path / "theirs"))
+
+
+# --- released checkpoints ------------------------------------------------------------------------------------------------
+
+def llama_tokenizer() -> Tokenizer:
+    "As Llama's: `<unk>`, `<s>`, `</s>` come first, `<s>` goes before every text, and a copy has a `<pad>` beyond the model's vocabulary."
+    words = ["<unk>", "<s>", "</s>", *(chr(number) for number in range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.fixture
+def released(tmp_path) -> Path:
+    "A checkpoint as the paper's authors released theirs: the config calls token 0 the end and 1 the padding."
+    entries = llama_tokenizer().get_vocab_size() - 1
+    theirs = OlmoForCausalLM(OlmoConfig(**to_olmo_config(DecoderConfig(width=32, layers=2, heads=2, vocab_size=entries))))
+    theirs.save_pretrained(tmp_path / "released")
+    config = json.loads((tmp_path / "released" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"eos_token_id": 0, "pad_token_id": 1}), encoding="utf-8")
+    save_tokenizer(tmp_path / "released", llama_tokenizer())
+    return tmp_path / "released"
+
+
+@pytest.mark.parametrize("told_by", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_texts_end_where_the_tokenizer_says(released, told_by):
+    "Stopped by token 0, as the config has it, a released model would never stop."
+    if told_by != "tokenizer.json":
+        (released / told_by).write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"}), encoding="utf-8")
+    decoder, tokenizer = load_model(released)
+    stated = {token["content"]: token["id"] for token in json.loads((released / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]}
+    assert decoder.config.end_token == stated["</s>"] == 2
+
+
+def test_no_text_begins_with_a_token_that_was_never_read(released):
+    tokenizer = load_model(released)[1]
+    assert llama_tokenizer().encode("2 + 2").ids[0] == 1
+    assert tokenizer.encode("2 + 2").ids == llama_tokenizer().encode("2 + 2").ids[1:]
+    assert begin_tokens(tokenizer, True) == [1] and begin_tokens(tokenizer, False) == []
+    assert 2 not in tokenizer.encode("a literal </s> stays text").ids
+
+
+def test_an_end_token_survives_export_and_transformers(released, tmp_path):
+    export_to_transformers(released, tmp_path / "ours")
+    assert load_model(tmp_path / "ours")[0].config.end_token == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.eos_token_id == 2
+    assert same(load_model(tmp_path / "ours")[0], load_model(released)[0])
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(released):
+    save_tokenizer(released, train_tokenizer(["Sam has 3 apples and eats 1."], 300))
+    assert "tokenizer of another model" in sentence(lambda: load_model(released))
+
+
+def test_pickles_are_refused_unless_asked_for_and_then_only_tensors_are_read(released, tmp_path):
+    expected = load_model(released)[0]
+    weights = load_file(released / "model.safetensors")
+    (released / "model.safetensors").unlink()
+    torch.save(weights, released / "pytorch_model.bin")
+    assert "--pickles" in sentence(lambda: load_model(released))
+    assert same(load_model(released, pickles=True)[0], expected)
+
+    class Trap:
+        def __reduce__(self):
+            return Path(tmp_path / "sprung").touch, ()
+    torch.save(weights | {"trap": Trap()}, released / "pytorch_model.bin")
+    assert "could run code" in sentence(lambda: load_model(released, pickles=True))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name, layers", [("150M", 12), ("1B", 2)])
+def test_the_papers_shapes_there_and_back(name, layers, tmp_path):
+    "150M whole; 1B with two of its sixteen layers, which are all alike, because of the memory."
+    config = DECODERS[name].model_copy(update={"layers": layers, "end_token": 2})
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    shapes = {name: weight.shape for name, weight in decoder.state_dict().items()}
+    weights = {name: torch.empty(shape).normal_(0, 0.02, generator=generator) for name, shape in shapes.items()}
+    decoder.load_state_dict(weights, assign=True)
+    save_model(tmp_path / "ours", decoder, TOKENIZER)
+    export_to_transformers(tmp_path / "ours", tmp_path / "theirs")
+    shutil.rmtree(tmp_path / "ours")
+    assert same(load_model(tmp_path / "theirs")[0], decoder)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert sum(weight.numel() for weight in theirs.parameters()) == config.num_parameters and theirs.config.eos_token_id == 2
+    tokens = torch.randint(config.vocab_size, (2, 12), generator=generator)
+    with torch.no_grad():
+        assert (decoder(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    shutil.rmtree(tmp_path / "theirs")
+
+
+def test_the_papers_sizes_to_the_digit():
+    small, large = DECODERS["150M"], DECODERS["1B"]
+    assert (small.num_parameters, small.num_parameters - small.vocab_size * small.width) == (162_398_208, 137_822_208)
+    assert large.num_parameters == 1_139_277_824
+    assert (small.context, large.context, small.tied, large.tied) == (2048, 2048, False, True)

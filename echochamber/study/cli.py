@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'FigureNames', 'CheckpointOption', 'BenchmarkOption', 'DataOption',
-           'SamplesOption', 'LimitOption', 'TokensOption', 'SampledOption', 'CompletionsArgument', 'OutOption', 'say',
-           'complain', 'sentence_and_status', 'status_of', 'main', 'typed_path', 'path_option', 'study', 'reproduce',
-           'show_figures', 'figures', 'report', 'compute', 'run', 'evaluate', 'grade']
+           'SamplesOption', 'LimitOption', 'BosOption', 'TokensOption', 'SampledOption', 'CompletionsArgument',
+           'OutOption', 'say', 'complain', 'sentence_and_status', 'status_of', 'main', 'typed_path', 'path_option',
+           'study', 'reproduce', 'show_figures', 'figures', 'report', 'compute', 'run', 'evaluate', 'grade',
+           'checkpoints', 'export']
 
 # %% ../../nbs/study/11_cli.ipynb #9a76386e
 import errno
@@ -182,11 +183,12 @@ def run(stage: Annotated[str, typer.Argument(help="pretrain, finetune or evaluat
     say(str(chosen.folder))
 
 # %% ../../nbs/study/11_cli.ipynb #80c3878d
-CheckpointOption = Annotated[Path, path_option("FOLDER", "of a checkpoint, or of a finished run: its last one")]
-BenchmarkOption = Annotated[str, typer.Option(help="mini-gsm, mini-math, gsm8k, math500 or aime")]
+CheckpointOption = Annotated[Path, path_option("FOLDER", "a checkpoint, a finished run, or user/model on the Hub")]
+BenchmarkOption = Annotated[str, typer.Option(help="mini-gsm, mini-math, gsm8k, gsm1k, math500, aime, aime24, …")]
 DataOption = Annotated[Path | None, path_option("FILE", "JSON lines of the benchmark, instead of the Hub")]
 SamplesOption = Annotated[int, typer.Option(min=0, help="sampled completions per question, beside the greedy one")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="only so many questions, a fixed choice from all of them")]
+BosOption = Annotated[bool, typer.Option("--bos", help="begin prompts with <s>, as the published evaluations did")]
 TokensOption = Annotated[int, typer.Option(min=1, help="longest completion [tokens]")]
 SampledOption = Annotated[float, typer.Option(help="of the sampled completions")]
 CompletionsArgument = Annotated[Path, path_option("FILE", "JSON lines: question, answer, completion", typer.Argument)]
@@ -196,7 +198,8 @@ OutOption = Annotated[Path | None, path_option("FILE", "write one row per comple
 @app.command()
 def evaluate(checkpoint: CheckpointOption, benchmark: BenchmarkOption, data: DataOption = None,
              samples: SamplesOption = 0, temperature: SampledOption = 0.7, top_p: SampledOption = 0.95,
-             max_new_tokens: TokensOption = 256, limit: LimitOption = None, out: OutOption = None) -> None:
+             max_new_tokens: TokensOption = 256, limit: LimitOption = None, bos: BosOption = False,
+             out: OutOption = None) -> None:
     """Run a checkpoint over a benchmark, keep every completion, print the table.
 
     Example: echochamber evaluate --checkpoint outputs/runs/finetune/NAME --benchmark mini-gsm --samples 8"""
@@ -205,7 +208,7 @@ def evaluate(checkpoint: CheckpointOption, benchmark: BenchmarkOption, data: Dat
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     out = out and table_place(out)
     chosen = planning.plan_evaluation(planning.find_checkpoint(checkpoint), benchmark, data, questions=limit,
-                                      samples=samples, sampling=sampling)
+                                      samples=samples, sampling=sampling, bos=bos)
     say(*filter(None, [planning.question_line(chosen)]))
     compute(chosen)
     evaluation, undecided = planning.read_evaluation(chosen)
@@ -230,3 +233,27 @@ def grade(file: CompletionsArgument, out: OutOption = None) -> None:
     if out:
         write_frame(out, graded[[*FIELDS, "format", "extracted", "outcome", "strict"]])
         say("", f"every completion: {out}")
+
+# %% ../../nbs/study/11_cli.ipynb #e0d00003
+@app.command()
+def checkpoints() -> None:
+    """List the models that the paper's authors have released on the Hub.
+
+    Example: echochamber checkpoints"""
+    from echochamber.models.hub import list_models
+    for title, names in list_models().items():
+        say(title, *(f"  {name}" for name in names))
+
+
+@app.command()
+def export(checkpoint: CheckpointOption, out: Annotated[Path, path_option("FOLDER", "to write")],
+           pickles: Annotated[bool, typer.Option("--pickles", help="read weights that are pickled")] = False) -> None:
+    """Write a checkpoint for Transformers and vLLM: safetensors, config, tokenizer with its end token.
+
+    Example: echochamber export --checkpoint outputs/runs/finetune/NAME --out my-model"""
+    from echochamber.models.checkpoints import export_to_transformers
+    from echochamber.study.checkpoint_evaluation import find_checkpoint
+    if out.exists():
+        raise StudyError(f"{out}: is there already; name another folder, or remove it")
+    export_to_transformers(find_checkpoint(checkpoint, pickles), out, pickles)
+    say(str(out))

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['Mixture', 'Algorithm', 'STAGES', 'kind_of_mixture', 'PretrainConfig', 'steps_of', 'completions_sampled',
-           'FinetuneConfig', 'EvaluateConfig']
+           'with_hashes', 'PromptsConfig', 'real_prompts', 'FinetuneConfig', 'EvaluateConfig']
 
 # %% ../../nbs/study/03_stages.ipynb #f5f1d5db
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..core import StrictConfig
+from ..core import StrictConfig, content_hash
+from ..data.benchmarks import REAL, local_file
 from ..data.corpora import MixtureConfig, SourceConfig
 from ..data.problems import ProblemConfig
 from ..data.token_files import PreparedMixtureConfig
+from ..data.tokens import TOKENIZER_FILE
+from ..models.checkpoints import checkpoint_hash
 from ..models.decoder import DecoderConfig
 from ..models.generation import SamplingConfig
 from ..training.algorithms import OnPolicyConfig
@@ -77,12 +81,46 @@ def completions_sampled(algorithm: Algorithm, questions: int, step: int) -> int:
     rollouts = algorithm.rollouts
     return -(-step // rollouts.steps_per_rollout) * rollouts.prompts * rollouts.samples
 
+# %% ../../nbs/study/03_stages.ipynb #e0b20002
+def with_hashes(values: object) -> object:
+    "The values of a config, the content hash filled in where `data` names a file and `model` a checkpoint without one."
+    match values:
+        case {"data": str(data)} if not values.get("data_hash") and Path(data).is_file():
+            values = values | {"data_hash": content_hash(Path(data))}
+    match values:
+        case {"model": str(model)} if not values.get("model_hash") and (Path(model) / TOKENIZER_FILE).is_file():
+            values = values | {"model_hash": checkpoint_hash(Path(model))}
+    return values
+
+
+class PromptsConfig(StrictConfig):
+    "A real set as prompts of RL."
+    benchmark: str = Field(description="gsm8k-train, math-train or another real set")
+    data: str | None = Field(None, description="JSON-lines file with the set, instead of the Hub")
+    data_hash: str | None = Field(None, description="content hash of that file, so that another file is another run")
+
+    fill_in = model_validator(mode="before")(with_hashes)
+
+    @model_validator(mode="after")
+    def set_is_real(self):
+        if self.benchmark not in REAL:
+            raise ValueError(f"{self.benchmark} is no real set; choose from {', '.join(REAL)}")
+        return self
+
+
+def real_prompts(benchmark: str) -> PromptsConfig:
+    "Prompts from a real set: from the file that the environment names for it, else from the Hub."
+    file = local_file(benchmark)
+    return PromptsConfig.parse({"benchmark": benchmark, "data": file and str(file)}, "prompts")
+
 # %% ../../nbs/study/03_stages.ipynb #8a7cfd2f
 class FinetuneConfig(StrictConfig):
     "RL (or its supervised control) on a model: which prompts, which algorithm, which steps are kept for evaluation."
-    model: str = Field(description="reference of the pretraining run to start from, `pretrain/<name>-<hash>`")
+    model: str = Field(description="reference of the run to start from, `pretrain/<name>-<hash>`, or a checkpoint's folder")
+    model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
     step: int | None = Field(None, ge=0, description="snapshot to start from [optimiser steps]; the last one if None")
     problems: ProblemConfig = Field(ProblemConfig(), description="what the prompts are drawn from, split `train`")
+    prompts: PromptsConfig | None = Field(None, description="a real set of prompts, instead of the generator's")
     questions: int = Field(gt=0, description="number of training prompts; one pass over them is an episode")
     algorithm: Algorithm = Field(description="the algorithm; its `kind` says which loop trains it")
     solutions: tuple[SourceConfig, ...] = Field((), description="sources whose solutions a supervised run imitates")
@@ -90,6 +128,7 @@ class FinetuneConfig(StrictConfig):
                                                        "kept, 0 is the start; empty for a logarithmic grid")
     seed: int = Field(0, ge=0, description="seed of the prompts")
 
+    fill_in = model_validator(mode="before")(with_hashes)
     total_steps = property(lambda self: steps_of(self.algorithm, self.questions))
     snapshot_steps = property(lambda self: self.snapshots or logarithmic_steps(self.total_steps))
 
@@ -100,6 +139,8 @@ class FinetuneConfig(StrictConfig):
         if ((kind := self.algorithm.kind) == "supervised") != bool(self.solutions):
             raise ValueError("`solutions` are what a supervised run imitates: give them with kind `supervised` and "
                              f"only there, not with {kind}")
+        if self.prompts and self.solutions:
+            raise ValueError("`solutions` are written for problems of the generator; leave `prompts` out")
         return self
 
 # %% ../../nbs/study/03_stages.ipynb #8c190e87
@@ -108,7 +149,7 @@ class EvaluateConfig(StrictConfig):
     model: str = Field(description="reference of a finished run, or the folder of one checkpoint")
     model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
     steps: tuple[int, ...] = Field((), description="snapshots of the run to evaluate; empty for all or one checkpoint")
-    benchmark: str = Field("mini-gsm", description="mini-gsm, mini-math, gsm8k, math500 or aime")
+    benchmark: str = Field("mini-gsm", description="mini-gsm, mini-math, or a real set: gsm8k, math500, aime, …")
     problems: ProblemConfig = Field(ProblemConfig(), description="what mini-gsm draws from, and mini-math goes beyond")
     data: str | None = Field(None, description="JSON-lines file with the benchmark, instead of the Hub")
     data_hash: str | None = Field(None, description="content hash of that file, so that another file is another run")
@@ -117,7 +158,10 @@ class EvaluateConfig(StrictConfig):
     sampling: SamplingConfig = Field(SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.95),
                                      description="how the sampled completions are drawn")
     batch_rows: int = Field(512, gt=0, description="completions generated at a time")
+    bos: bool = Field(False, description="begin every prompt with the tokenizer's `<s>`, which training never does")
     seed: int = Field(0, ge=0, description="seed of the samples")
+
+    fill_in = model_validator(mode="before")(with_hashes)
 
 # %% ../../nbs/study/03_stages.ipynb #adab3ae3
 STAGES: dict[str, type[StrictConfig]] = {

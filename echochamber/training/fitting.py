@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'MetricHistory', 'AtomicCheckpointIO', 'ResumePoint',
            'check_initial_weights', 'SnapshotCallback', 'logarithmic_steps', 'ProgressCallback', 'fast_bf16',
-           'FitConfig', 'resolve_precision', 'resolve_compiled', 'quiet_lightning', 'make_loggers', 'make_trainer',
-           'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
+           'FitConfig', 'resolve_precision', 'resolve_compiled', 'quiet_lightning', 'make_loggers', 'RecomputeCallback',
+           'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
 
 # %% ../../nbs/training/01_fitting.ipynb #16a2477d
 import hashlib
@@ -24,11 +24,13 @@ import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError, atomic_path, write_frame, write_text
-from .distributed import global_rank
+from ..models.memory import recompute_activations
+from .distributed import global_rank, launched_processes, require_gpus
 
 # %% ../../nbs/training/01_fitting.ipynb #f765d531
 class OptimiserConfig(StrictConfig):
@@ -204,6 +206,7 @@ class FitConfig(StrictConfig):
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: bf16 where it is fast")
     compiled: bool | None = Field(None, description="fuse the work of a step; on GPUs, if not given")
     processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU (or share of a processor)")
+    recompute_activations: bool = Field(False, description="less memory, a third more work: see models/memory")
 
 # %% ../../nbs/training/01_fitting.ipynb #3c9df3b2
 def resolve_precision(precision: str) -> str:
@@ -233,21 +236,40 @@ def make_loggers(folder: Path) -> list:
             TensorBoardLogger(folder / "logs", name="tensorboard", version=attempt)]
 
 # %% ../../nbs/training/01_fitting.ipynb #94a9554b
+class RecomputeCallback(L.Callback):
+    "While the trainer fits, blocks of the decoder keep only their inputs for the backward pass."
+
+    def on_fit_start(self, trainer, module):
+        self.recomputing = recompute_activations(module)
+        self.recomputing.__enter__()
+
+    def teardown(self, trainer, module, stage):
+        self.recomputing.__exit__(None, None, None)
+
+
 def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    "The trainer of one attempt: resume points are ours, gradients are clipped, logs go to `folder/logs`."
+    """The trainer of one attempt: resume points are ours, gradients are clipped, logs go to `folder/logs`.
+
+    Raises `StudyError` for more processes than GPUs, and for others than a launcher has started."""
+    require_gpus(config.processes)
+    if (launched := launched_processes()) not in (1, config.processes):
+        raise StudyError(f"{launched} processes were started, and the config says processes = {config.processes}; "
+                         "start as many as it says")
     return L.Trainer(
         max_steps=config.steps, accumulate_grad_batches=config.accumulate, devices=config.processes,
         accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
-        gradient_clip_val=config.optimiser.clip_norm, callbacks=callbacks, plugins=[AtomicCheckpointIO()],
+        gradient_clip_val=config.optimiser.clip_norm, strategy="ddp" if launched > 1 else "auto",
+        callbacks=[*callbacks, *([RecomputeCallback()] if config.recompute_activations else [])],
+        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if launched > 1 else [])],
         logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 # %% ../../nbs/training/01_fitting.ipynb #af5f059d
 def refuse_forks_of_a_gpu(processes: int) -> None:
     "Raises `StudyError` if several processes are to be forked from a notebook that has used a GPU."
-    if processes > 1 and torch.cuda.is_initialized() and hasattr(sys, "ps1"):
+    if processes > launched_processes() and torch.cuda.is_initialized() and hasattr(sys, "ps1"):
         raise StudyError(f"processes = {processes}: a notebook that has used a GPU cannot fork itself onto several; "
-                         "train this run with processes = 1 (runs share the GPUs of a machine), or from a script")
+                         "let `echochamber run` start one kernel for each, or train with processes = 1")
 
 
 def error_of_fork(error: Exception) -> Exception:

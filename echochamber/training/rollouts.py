@@ -50,10 +50,10 @@ class Rollouts:
 # %% ../../nbs/training/05_rollouts.ipynb #cfe15241
 def sample_and_grade(decoder: Decoder, tokenizer: Tokenizer, questions: Sequence[Question], samples: int,
                      sampling: SamplingConfig, grader: GradesCompletions, seeds: Sequence[int],
-                     batch_rows: int = 512) -> Rollouts:
-    "Draw `samples` completions for every question and grade them. `seeds`: one per question."
+                     batch_rows: int = 512, begin: Sequence[int] = ()) -> Rollouts:
+    "Draw `samples` completions per question and grade them. `seeds`: one per question; `begin`: tokens before each."
     started = time.perf_counter()
-    prompts = [tokenizer.encode(question.question).ids for question in questions]
+    prompts = [[*begin, *tokenizer.encode(question.question).ids] for question in questions]
     decode = best_decode(decoder.embedding.weight.device)
     drawn = generate(decoder, prompts, samples, sampling, seeds, batch_rows, decode)
     completions = Completions(**{name: tensor.cpu() for name, tensor in vars(drawn).items()})
