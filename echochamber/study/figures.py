@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder
-from .conditions import Condition, condition_labels, find_preset, runs_of
+from .conditions import Condition, condition_labels, runs_of
 from .execution import launch, run_task
+from .presets import find_preset
 from .runs import Run, finished_run, open_run
 from .stages import completions_sampled
 

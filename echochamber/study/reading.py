@@ -22,7 +22,7 @@ from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, paired_difference
 from ..plots import caption
-from .conditions import find_preset
+from .presets import find_preset
 from .figures import TABLES, FigureConfig, condition_tables, read_json, table_file
 
 # %% ../../nbs/study/06_reading.ipynb #a191983c

@@ -13,10 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import StudyError
-from .conditions import PRESETS, expected_seconds, find_preset
+from .conditions import expected_seconds
 from .figures import FIGURES, Figure, collect, figure_run, figure_runs, publish
 from .figures import read_json, redraw, table_file, verdict_file
 from .graph import clock, execute
+from .presets import PRESETS, find_preset
 from .runs import Run
 from .stages import STAGES
 
@@ -36,16 +37,21 @@ def runs_of_figures(figures: Sequence[Figure], preset: str, seeds: int) -> list[
 
 
 def seconds_left(runs: Sequence[Run], preset: str) -> float:
-    "Expected seconds on two cores of the runs that are not done."
+    "Expected seconds, on the machine of the preset, of the runs that are not done."
     return sum(expected_seconds(run, preset) for run in runs if not run.done)
 
 # %% ../../nbs/study/10_reproduction.ipynb #d6a08040
 def study_overview(seeds: int) -> pd.DataFrame:
-    "One row per figure and preset: `figure, claim, preset`, runs `done` of `runs`, `seconds` left, `verdict` so far."
+    """One row per figure and preset: `figure, claim, preset`, runs `done` of `runs`, `seconds` left, `verdict` so far.
+
+    A figure with a condition that a preset cannot have is left out there."""
     rows = []
     for figure in FIGURES.values():
         for preset in PRESETS:
-            runs = runs_of_figures([figure], preset, seeds)
+            try:
+                runs = runs_of_figures([figure], preset, seeds)
+            except StudyError:
+                continue
             verdicts = [read_json(verdict_file(figure.name, preset, ship)).get("status") for ship in (False, True)]
             rows.append({"figure": figure.name, "claim": f"{figure.claim}: {figure.title}", "preset": preset,
                          "done": sum(run.done for run in runs), "runs": len(runs),
@@ -56,7 +62,7 @@ def study_overview(seeds: int) -> pd.DataFrame:
 def cost_line(runs: Sequence[Run], preset: str) -> str:
     "How many runs there are, how many are left, and how long they will take."
     left = sum(not run.done for run in runs)
-    return f"{len(runs)} runs, {left} to compute, about {clock(seconds_left(runs, preset))} on two cores"
+    return f"{len(runs)} runs, {left} to compute, about {clock(seconds_left(runs, preset))} on {PRESETS[preset].machine}"
 
 
 def run_lines(runs: Sequence[Run], preset: str) -> list[str]:
