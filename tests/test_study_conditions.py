@@ -5,8 +5,12 @@ import pytest
 
 from echochamber.core import StudyError
 from echochamber.models.decoder import DECODERS
-from echochamber.study.conditions import PRESETS, SMOKE, Condition, condition_labels, expected_seconds, runs_of
+from echochamber.study.conditions import Condition, condition_labels, expected_seconds, runs_of
 from echochamber.study.figures import FIGURES, Figure, figure_runs
+from echochamber.study.presets import PRESETS, SMOKE
+
+ALGORITHMS_OF_PRESETS = [(preset, algorithm) for preset in PRESETS for algorithm in ("grpo", "ppo", "expert_iteration", "sft")
+                         if (preset, algorithm) != ("paper", "sft")]  # which has no solutions to imitate
 
 
 def counts(figure: Figure, preset: str = "smoke", seeds: int = 2) -> dict[str, int]:
@@ -66,10 +70,10 @@ def test_numbers_of_the_laptop_preset_are_those_of_the_shipped_results():
 
 
 def test_no_preset_leaves_its_precision_to_the_machine():
-    for preset in PRESETS:
-        for algorithm in ("grpo", "ppo", "expert_iteration", "sft"):
-            configs = [run.config.model_dump_json() for run in runs_of(Condition(algorithm=algorithm), preset, 0)]
-            assert not any('"auto"' in config for config in configs) and '"precision":"32-true"' in configs[0]
+    for preset, algorithm in ALGORITHMS_OF_PRESETS:
+        configs = [run.config.model_dump_json() for run in runs_of(Condition(algorithm=algorithm), preset, 0)]
+        precision = "32-true" if preset in ("smoke", "laptop") else "bf16-mixed"
+        assert not any('"auto"' in config for config in configs) and f'"precision":"{precision}"' in configs[0]
 
 
 def test_names_follow_what_changes_the_run():
@@ -102,10 +106,30 @@ def test_a_wrong_condition_is_refused_with_its_place(fields, word):
 
 
 def test_expected_seconds_follow_the_work():
-    for preset in PRESETS:
-        for algorithm in ("grpo", "ppo", "expert_iteration", "sft"):
-            pretraining, tuned, _ = runs_of(Condition(algorithm=algorithm), preset, 3)
-            assert expected_seconds(pretraining, preset) == PRESETS[preset].seconds["pretrain"]
-            assert expected_seconds(tuned, preset) == PRESETS[preset].seconds[algorithm]
+    for preset, algorithm in ALGORITHMS_OF_PRESETS:
+        pretraining, tuned, _ = runs_of(Condition(algorithm=algorithm), preset, 3)
+        assert expected_seconds(pretraining, preset) == PRESETS[preset].seconds["pretrain"]
+        assert expected_seconds(tuned, preset) == PRESETS[preset].seconds[algorithm]
     longer = runs_of(Condition(changes=(("rl.steps", 240),)), "laptop", 0)[1]
     assert 1.8 < expected_seconds(longer, "laptop") / PRESETS["laptop"].seconds["grpo"] < 2
+
+
+def test_the_paper_preset_has_the_numbers_of_the_paper():
+    "Those that the paper, its sweep files and the replication state."
+    pretraining, tuned, evaluated = (run.config for run in runs_of(Condition(algorithm="ppo", kl_coefficient=0.001), "paper", 0))
+    assert (pretraining.decoder.num_parameters, pretraining.batch_size, pretraining.decoder.context) == (162_398_208, 512, 2048)
+    optimiser = pretraining.fit.optimiser
+    assert (optimiser.learning_rate, optimiser.betas, optimiser.epsilon, optimiser.weight_decay) == (1e-3, (0.9, 0.95), 1e-8, 0.1)
+    assert (optimiser.warmup, optimiser.final_fraction, optimiser.clip_norm) == (5000, 0.1, 1.0)
+    assert [source.name for source in pretraining.mixture.sources] == ["finemath", "algebraic-stack", "tinygsm", "omi1", "omi2"]
+    assert (tuned.prompts.benchmark, tuned.questions) == ("gsm8k-train", 7473)
+    rollouts, fit, critic = tuned.algorithm.rollouts, tuned.algorithm.fit, tuned.algorithm.critic
+    assert (rollouts.prompts, rollouts.samples, rollouts.train_batch, rollouts.passes) == (64, 8, 64, 1)
+    assert (rollouts.sampling.temperature, rollouts.sampling.max_new_tokens) == (0.7, 1024)
+    assert (fit.optimiser.learning_rate, fit.optimiser.weight_decay, critic.learning_rate) == (1e-6, 0.0, 7e-6)
+    assert tuned.algorithm.loss.kl == "k1_in_reward" and tuned.algorithm.loss.kl_coefficient == 0.001
+    assert len(tuned.snapshot_steps) == 16 and abs(fit.steps / (7473 * 8 / 64) - 10) < 0.01, "ten episodes"
+    assert (evaluated.benchmark, evaluated.questions, evaluated.samples) == ("gsm8k", None, 64)
+    rounds = runs_of(Condition(algorithm="expert_iteration"), "paper", 0)[1].config.algorithm
+    assert (rounds.samples, rounds.sampling.temperature, rounds.sampling.top_p, rounds.supervised.epochs) == (64, 1.0, 0.95, 2)
+    assert (rounds.supervised.learning_rate, rounds.supervised.batch) == (1e-4, 256)
