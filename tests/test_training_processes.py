@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from echochamber.core import StudyError, project_root
+from echochamber.study.execution import free_port, rank_environment
 from echochamber.training.distributed import run_on_all_ranks
 
 HERE = Path(__file__).parent
@@ -70,6 +71,39 @@ def test_the_processes_agree_to_the_bit(case, shared):
 def test_interrupted_processes_continue_bit_by_bit_inside_a_rollout_batch(shared):
     straight, resumed = (weights(shared / case, "last-0") for case in ("ppo", "interrupted"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+sys.ps1 = ">>> "  # as in a notebook, of which each rank has one of its own
+import process_cases
+from echochamber.training.distributed import global_rank, joined_processes
+with joined_processes():
+    for name in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        model, history = process_cases.CASES[name](2, folder)
+        process_cases.save(model, folder, f"last-{global_rank()}")
+        history.to_parquet(folder / f"history-{global_rank()}.parquet")
+"""
+
+
+def test_ranks_of_a_launcher_equal_one(alone, tmp_path):
+    cases = ("expert_iteration", "grpo", "pretraining")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project_root()}{os.pathsep}{HERE}"}
+    port = free_port()
+    ranks = [subprocess.Popen([sys.executable, "-c", LAUNCHED, str(tmp_path), *cases], env=environment | rank_environment(rank, 2, port),
+                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in ranks:
+        complaint = process.communicate(timeout=HANG)[1]
+        assert process.returncode == 0, complaint[-3000:]
+    for case in cases:
+        for rank in range(2):
+            torch.testing.assert_close(weights(tmp_path / case, f"last-{rank}"), weights(alone / case, "last-0"), atol=1e-6, rtol=0)
+        reached = [pd.read_parquet(folder / case / name).step.tolist()
+                   for folder, name in ((tmp_path, "history-0.parquet"), (tmp_path, "history-1.parquet"), (alone, "history.parquet"))]
+        assert reached[0] == reached[1] == reached[2]
 
 
 FORKED = """

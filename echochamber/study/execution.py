@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'SESSION', 'kernel_environment', 'module_path', 'Task', 'run_task', 'require_parameters', 'socket_home',
-           'run_notebook', 'kind_and_message', 'execute_task', 'seal_run', 'kill_descendants', 'close_executor',
-           'new_log', 'start_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
+           'run_notebook', 'rank_environment', 'free_port', 'start_rank', 'rank_main', 'kill_tree', 'end_first_with',
+           'failure_of_ranks', 'run_ranks', 'kind_and_message', 'execute_task', 'seal_run', 'kill_descendants',
+           'close_executor', 'new_log', 'start_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
 
 # %% ../../nbs/study/02_execution.ipynb #c9997b29
 import contextlib
@@ -14,13 +15,14 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +62,7 @@ class Task:
     folder: str
     parameters: dict
     environment: dict
+    ranks: int = 1  # kernels that execute it together
 
     @property
     def output(self) -> Path:
@@ -75,7 +78,8 @@ def run_task(run: Run, threads: int | None = None) -> Task:
     "The task that computes a run on so many threads."
     return Task(notebook=str(run.notebook), folder=str(run.folder.absolute()),
                 parameters={"name": run.name, "config": run.config.model_dump(mode="json")},
-                environment=kernel_environment(threads) | {"ECHOCHAMBER_RUN": run.reference})
+                environment=kernel_environment(threads) | {"ECHOCHAMBER_RUN": run.reference},
+                ranks=getattr(run.config, "processes", 1))
 
 # %% ../../nbs/study/02_execution.ipynb #60ddbb8b
 def require_parameters(notebook: Path) -> None:
@@ -103,6 +107,85 @@ def run_notebook(task: Task, destination: Path, sockets: Path) -> None:
         progress_bar=False, start_timeout=120,
         config=Config(KernelManager={"transport": "ipc", "connection_file": str(sockets / "kernel.json")}))
 
+# %% ../../nbs/study/02_execution.ipynb #e0a00002
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    "Which of several kernels on this machine one is, and where they meet."
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    "A port on which nobody listens."
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_rank(task: Task, rank: int, port: int) -> subprocess.Popen:
+    "Start a process that executes a task in a kernel of its own, as one of several."
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", "from echochamber.study.execution import rank_main; rank_main()"],
+        stdin=subprocess.PIPE, env=os.environ | rank_environment(rank, task.ranks, port))
+    process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
+    process.stdin.close()
+    return process
+
+
+def rank_main() -> None:
+    "One of the other kernels: execute the task on standard input, leave a failure in the run's folder."
+    task, rank = Task(**json.loads(sys.stdin.readline())), os.environ["RANK"]
+    task.hidden(f"failure-{rank}.json").unlink(missing_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=socket_home()) as sockets:
+            run_notebook(task, task.hidden(f"rank-{rank}.ipynb"), Path(sockets))
+    except Exception as error:
+        record_failure(task.hidden(f"failure-{rank}.json"), *kind_and_message(error))
+        raise SystemExit(1) from None
+
+# %% ../../nbs/study/02_execution.ipynb #e0a00004
+def kill_tree(process: psutil.Process) -> None:
+    "Kill a process and everything that it has started."
+    with contextlib.suppress(psutil.Error):
+        for member in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+
+
+def end_first_with(process: subprocess.Popen, others: Sequence[subprocess.Popen]) -> None:
+    "Wait for one of the other kernels; if it fails while the first one lives, end that, which would wait for it."
+    if process.wait() != 0:
+        for child in psutil.Process().children():
+            if child.pid not in [other.pid for other in others] and child.status() != psutil.STATUS_ZOMBIE:
+                kill_tree(child)
+
+
+def failure_of_ranks(task: Task, error: Exception) -> Exception:
+    "The error of the first kernel, or, if that was ended because another one had failed, the other's."
+    for rank in range(1, task.ranks):
+        if type(error).__name__ == "DeadKernelError" and (word := task.hidden(f"failure-{rank}.json")).exists():
+            told = json.loads(word.read_text(encoding="utf-8"))
+            kind = "" if told["kind"] == "StudyError" else f"failed with {told['kind']}: "
+            return StudyError(f"rank {rank}: {kind}{told['message'].strip().splitlines()[0]}")
+    return error
+
+# %% ../../nbs/study/02_execution.ipynb #e0a00005
+def run_ranks(task: Task, destination: Path, sockets: Path) -> None:
+    "Execute a notebook in one kernel per rank. Raises the error of the one that failed."
+    port, others = free_port(), []
+    os.environ |= rank_environment(0, task.ranks, port)
+    try:
+        others += [start_rank(task, rank, port) for rank in range(1, task.ranks)]
+        for process in others:
+            threading.Thread(target=end_first_with, args=[process, others], daemon=True).start()
+        run_notebook(task, destination, sockets)
+        for process in others:
+            process.wait(timeout=120)  # for its last cells, in which nothing is computed
+    except Exception as error:
+        raise failure_of_ranks(task, error) from error
+    finally:
+        for process in others:
+            kill_tree(psutil.Process(process.pid)) if process.poll() is None else None
+
 # %% ../../nbs/study/02_execution.ipynb #1c7ae128
 def kind_and_message(error: Exception) -> tuple[str, str]:
     "What went wrong in a notebook, without the traceback."
@@ -121,7 +204,7 @@ def execute_task(task: Task, sockets: Path, patience: float = 600.0) -> None:
             return
         try:
             require_parameters(Path(task.notebook))
-            run_notebook(task, partial, sockets)
+            (run_ranks if task.ranks > 1 else run_notebook)(task, partial, sockets)
             os.replace(partial, task.output)
             seal_run(task)
         except Exception as error:

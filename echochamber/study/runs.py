@@ -138,7 +138,8 @@ def read_progress(folder: Path) -> dict | None:
 class Progress:
     "Reports how far a run is, at most once per second, and adds up the seconds of all attempts."
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, writes: bool = True):
+        self.writes = writes
         start = {"done": 0, "total": None, "unit": "", "message": "", "seconds": 0.0, "attempts": 0}
         self.folder, self.facts, self.clock = folder, {}, time.monotonic()
         self.last = start | (read_progress(folder) or {}) | {
@@ -160,7 +161,8 @@ class Progress:
         "Add the seconds since the last time, and write."
         since, self.clock = self.clock, time.monotonic()
         self.last["seconds"] += self.clock - since
-        write_json(self.folder / "progress.json", self.last)
+        if self.writes:
+            write_json(self.folder / "progress.json", self.last)
 
 # %% ../../nbs/study/01_runs.ipynb #e020a8cb
 @contextlib.contextmanager
@@ -227,14 +229,20 @@ def open_run(run: Run, patience: float = 30.0) -> Iterator[Progress]:
     """Compute `run` inside this block: its folder is locked, config, cost and provenance are recorded.
 
     Raises `StudyError` if it is finished, damaged, held by another process, or not the run that was to be computed."""
+    from echochamber.training.distributed import joined_processes  # torch, which a session does without
     folder, expected = run.folder, os.environ.get("ECHOCHAMBER_RUN")
+    if os.environ.get("RANK", "0") != "0":  # one of several kernels of this run, of which the first keeps the books
+        with joined_processes():
+            yield Progress(folder, writes=False)
+        return
     if expected not in (None, run.reference):
         raise StudyError(f"{run.reference} is not {expected}, which was to be computed: the code or the notebook "
                          "changed while the study ran; run the command again")
     with full_disk_as_error(folder), locked(folder, patience):
         progress = _begin(run)
         try:
-            yield progress
+            with joined_processes():
+                yield progress
         except Exception as error:
             record_failure(folder / ".failure.json", type(error).__name__, str(error))
             raise

@@ -6,7 +6,7 @@
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'MetricHistory', 'AtomicCheckpointIO', 'ResumePoint',
            'check_initial_weights', 'SnapshotCallback', 'logarithmic_steps', 'ProgressCallback', 'fast_bf16',
            'FitConfig', 'resolve_precision', 'resolve_compiled', 'quiet_lightning', 'make_loggers', 'RecomputeCallback',
-           'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
+           'LaunchedStrategy', 'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
 
 # %% ../../nbs/training/01_fitting.ipynb #16a2477d
 import hashlib
@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError, atomic_path, write_frame, write_text
@@ -247,6 +248,13 @@ class RecomputeCallback(L.Callback):
         self.recomputing.__exit__(None, None, None)
 
 
+class LaunchedStrategy(DDPStrategy):
+    "Data parallelism of processes that are there already; Lightning's own starts them, which it refuses in a notebook."
+
+    def _configure_launcher(self):
+        self._launcher = None
+
+# %% ../../nbs/training/01_fitting.ipynb #e0a00010
 def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of one attempt: resume points are ours, gradients are clipped, logs go to `folder/logs`.
 
@@ -258,7 +266,7 @@ def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -
     return L.Trainer(
         max_steps=config.steps, accumulate_grad_batches=config.accumulate, devices=config.processes,
         accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
-        gradient_clip_val=config.optimiser.clip_norm, strategy="ddp" if launched > 1 else "auto",
+        gradient_clip_val=config.optimiser.clip_norm, strategy=LaunchedStrategy() if launched > 1 else "auto",
         callbacks=[*callbacks, *([RecomputeCallback()] if config.recompute_activations else [])],
         plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if launched > 1 else [])],
         logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
