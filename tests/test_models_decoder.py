@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig, log_probs_and_entropy, token_log_probs
+from echochamber.models.decoder import (
+    DECODERS,
+    CompiledDecoder,
+    Decoder,
+    DecoderConfig,
+    log_probs_and_entropy,
+    token_log_probs,
+)
 from echochamber.models.olmo import from_olmo, from_olmo_config, to_olmo, to_olmo_config
 
 torch.set_num_threads(1)
@@ -46,6 +53,28 @@ def test_logits_and_gradients_are_those_of_transformers(config, seed, rows, leng
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def loss_and_gradients(scores, decoder: Decoder, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    decoder.zero_grad()
+    loss = -token_log_probs(scores, tokens).mean()
+    return (loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters())))
+
+
+@pytest.mark.parametrize(("device", "backend", "tolerance"), [
+    ("cpu", "eager", 1e-5),                                                            # traced, without generating code
+    pytest.param("cuda", "inductor", 1e-4, marks=[
+        pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")])])
+@pytest.mark.parametrize("shape", [dict(width=32, layers=2, heads=2), dict(width=48, layers=1, heads=4, tied=False)])
+def test_what_a_compiler_reads_is_the_same_function(device, backend, tolerance, shape):
+    torch.compiler.reset()
+    decoder = Decoder(DecoderConfig(**shape, vocab_size=97, init_std=0.2)).to(device)
+    compiled = CompiledDecoder(decoder, backend=backend)
+    for size in ((3, 24), (5, 65), (2, 128)):
+        tokens = torch.randint(97, size, device=device)
+        both = (loss_and_gradients(scores, decoder, tokens) for scores in (decoder, compiled))
+        for eager, fused in zip(*both, strict=True):
+            torch.testing.assert_close(fused, eager, atol=tolerance, rtol=1e-3)
 
 
 @given(shapes(), seeds)

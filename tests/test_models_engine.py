@@ -153,3 +153,46 @@ def test_graphs_are_captured_once_and_hold_no_more_memory(device, half):
         for _ in range(3):
             generate(decoder_of(0, device), prompts, 8, sampling, seeds=0, decode=static_decode)
         assert ENGINES[0] is first and first.recordings == graphs and torch.cuda.memory_allocated() - used < 2**24
+
+
+class PretendGraph(engine.Recording):
+    "What `torch.cuda` offers for graphs, as far as the engine calls it, in Python: a capture is noted and leaves no trace."
+    waits: list
+
+    def __init__(self, cuda_graph=None, pool=None, stream=None):
+        super().__init__()
+        self.graph, self.pool, self.stream = cuda_graph, pool, stream
+
+    def wait_stream(self, stream):
+        self.waits.append(stream)
+
+    def __enter__(self):
+        if self.graph is None:
+            return self                                                                # the side stream of a rehearsal
+        self.before = [tensor.clone() for tensor in ENGINES[0].state]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if self.graph is not None:
+            super().__exit__(*error)
+            self.graph.calls = self.calls
+            for tensor, value in zip(ENGINES[0].state, self.before, strict=True):
+                tensor.copy_(value)
+
+
+def test_the_order_of_a_capture_on_a_pretended_gpu(monkeypatch):
+    "Both streams wait for each other, rehearsals and captures change no state, graphs share a pool, replays give the tokens."
+    stream, captures = PretendGraph(), []
+    monkeypatch.setattr(PretendGraph, "waits", [], raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: PretendGraph())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *graph, **where: captures.append(where) or PretendGraph(*graph, **where))
+    prepared = engine.engine_for
+    monkeypatch.setattr(engine, "engine_for", lambda *size: vars(found := prepared(*size)).update(pool=7, stream=stream) or found)
+    monkeypatch.setitem(RECORDERS, "cpu", engine.record_cuda_graph)
+    prompts, sampling = prompts_of(12), SamplingConfig(max_new_tokens=40)
+    found = generate(decoder_of(0), prompts, 4, sampling, seeds=3, decode=static_decode)
+    assert rows_that_differ(generate(decoder_of(0), prompts, 4, sampling, seeds=3), found) == 0
+    assert captures == [{"pool": 7, "stream": stream}] * len(ENGINES[0].recordings) and len(captures) > 1
+    assert len(PretendGraph.waits) == 2 * len(captures) and PretendGraph.waits[1::2] == [stream] * len(captures)

@@ -51,8 +51,8 @@ class Pretraining(L.LightningModule):
     def __init__(self, decoder: Decoder, config: FitConfig):
         super().__init__()
         self.decoder, self.config = decoder, config
-        compiled = resolve_compiled(config.compiled)
-        self.loss = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
+        compiled = resolve_compiled(config.compiled)  # in one piece, or with an error
+        self.loss = torch.compile(next_token_loss, dynamic=False, fullgraph=True) if compiled else next_token_loss
         self.losses, self.tokens, self.clock = [], 0, time.perf_counter()
 
     def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
