@@ -46,11 +46,10 @@ from echochamber.core import (
     write_json,
     write_text,
 )
-from .contamination import Contamination, benchmark_questions
+from .contamination import GRAM, Contamination, benchmark_questions
 from .files import BLOCK, list_files, patiently, repository_root, resolve_revision
 from .llama import LLAMA2, LLAMA2_SHA256, PieceEncoder, as_read_here, read_llama_tokenizer
 from .sources import DIVISIBLE, SOURCES, CorpusSource, find_source, make_document, read_rows
-from .tokens import load_tokenizer, save_tokenizer
 
 # %% ../../nbs/data/09_preparation.ipynb #add2d90f
 class SourceChoice(StrictConfig):
@@ -305,7 +304,8 @@ def planned(config: CorpusConfig, folder: Path, mirror: str | None = None) -> Pl
 def begin(plan: Plan, folder: Path, mirror: str | None = None) -> None:
     "Write what every unit needs: tokenizer, questions, and at last the plan."
     if not (folder / "plan.json").exists():
-        save_tokenizer(folder, read_llama_tokenizer(plan.config.tokenizer, plan.config.sha256, mirror))
+        with atomic_path(folder / "tokenizer.json") as temporary:
+            read_llama_tokenizer(plan.config.tokenizer, plan.config.sha256, mirror).save(str(temporary))
         write_json(folder / "benchmarks.json", benchmark_questions(plan.config.benchmarks))
         write_text(folder / "plan.json", plan.model_dump_json(indent=1) + "\n")
     for leftover in folder.rglob(".*.tmp"):  # of a process that was killed
@@ -369,11 +369,12 @@ def corpus_lines(manifest: pd.DataFrame) -> list[str]:
     lines = []
     for name, own in manifest.groupby("source", sort=False):
         rejected, found = (sum(map(Counter, column), Counter()) for column in (own.rejected, own.contaminated))
-        lines.append(f"{name}: {own.tokens.sum():,} tokens in {own.documents.sum():,} documents, of which "
-                     f"{(own.tokens - own.training_tokens).sum():,} tokens are held out; rows rejected: "
-                     f"{', '.join(f'{count} {reason}' for reason, count in rejected.items()) or 'none'}; documents with a "
-                     f"question of {', '.join(f'{name} {found[name]}' for name in own.contaminated.iloc[0]) or 'none'}"
-                     + f", {own.dropped.sum()} left out")
+        counts = [f"{count} {reason}" for reason, count in rejected.items()]
+        shared = [f"{found[name]} with one of {name}" for name in own.contaminated.iloc[0]]
+        lines.append(f"{name}: {own.tokens.sum():,} tokens in {own.documents.sum():,} documents, "
+                     f"{(own.tokens - own.training_tokens).sum():,} tokens held out; rows rejected: "
+                     f"{', '.join(counts) or 'none'}; documents that share {GRAM} words with a question: "
+                     f"{', '.join(shared) or 'not looked for'}; left out: {own.dropped.sum()}")
     return lines
 
 # %% ../../nbs/data/09_preparation.ipynb #4fe62282
