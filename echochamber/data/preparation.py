@@ -291,7 +291,8 @@ def planned(config: CorpusConfig, folder: Path, mirror: str | None = None) -> Pl
     "The plan in a folder that was begun, or a new one. Raises `StudyError` if the folder holds something else."
     folder = Path(folder)
     if not (folder / "plan.json").exists():
-        if folder.exists() and any(folder.iterdir()) and not (folder / "benchmarks.json").exists():
+        begun = {"tokenizer.json", "benchmarks.json"}  # all there can be, if `begin` was killed
+        if folder.exists() and not all(path.name in begun or path.suffix == ".tmp" for path in folder.iterdir()):
             raise StudyError(f"{folder}: is not empty and holds no corpus; give another --name")
         return plan_corpus(config, mirror)
     plan = Plan.load(folder / "plan.json")
