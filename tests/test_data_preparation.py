@@ -26,7 +26,14 @@ from tokenizers import Tokenizer
 from echochamber.core import StudyError, project_root
 from echochamber.data import files, preparation
 from echochamber.data.files import patiently
-from echochamber.data.preparation import corpus_fingerprint, plan_corpus, prepare, processes, read_manifest, training_tokens
+from echochamber.data.preparation import (
+    corpus_fingerprint,
+    plan_corpus,
+    prepare,
+    processes,
+    read_manifest,
+    training_tokens,
+)
 
 
 @pytest.fixture(scope="module")

@@ -30,22 +30,15 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+# %% ../../nbs/data/09_preparation.ipynb #b924a0cd
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from echochamber.core import (
-    StrictConfig,
-    StudyError,
-    atomic_path,
-    content_hash,
-    outputs_folder,
-    read_json,
-    write_json,
-    write_text,
-)
+from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder, read_json
+from ..core import write_json, write_text
 from .contamination import GRAM, Contamination, benchmark_questions
 from .files import BLOCK, list_files, patiently, repository_root, resolve_revision
 from .llama import LLAMA2, LLAMA2_SHA256, PieceEncoder, as_read_here, read_llama_tokenizer
@@ -162,15 +155,16 @@ TOKENS_PER_SECOND = 1_000_000  # of one core, below what was measured at the end
 def expected_costs(plan: Plan, units: Sequence[Unit] | None = None) -> pd.DataFrame:
     """Estimates for units of a plan (all by default), one row per source.
 
-    Columns: `units`, `fetched` [bytes], `tokens`, `published` (all of the source, as others counted it), `disk` [bytes],
-    `requests`."""
+    Columns: `units`, `fetched` [bytes], `tokens`, `published` (all of the source, as others counted it), `disk`
+    [bytes], `requests`."""
     rows, units = [], plan.units if units is None else units
     for choice in plan.config.sources:
         own = [unit for unit in units if unit.source == choice.source.name]
         fetched = sum(unit.bytes / unit.parts for unit in own)
         tokens = round(fetched / STORED_BYTES_PER_TOKEN[choice.source.kind])
         requests = 2 + sum(3 + math.ceil(unit.bytes / unit.parts / BLOCK) for unit in own)
-        rows.append((choice.source.name, len(own), round(fetched), tokens, choice.source.published, 2 * tokens, requests))
+        rows.append((choice.source.name, len(own), round(fetched), tokens, choice.source.published, 2 * tokens,
+                     requests))
     columns = ["source", "units", "fetched", "tokens", "published", "disk", "requests"]
     return pd.DataFrame(rows, columns=columns).astype({"published": "Int64"}).set_index("source")
 
@@ -183,7 +177,8 @@ def expected_hours(costs: pd.DataFrame, workers: int = 1, megabytes_per_second: 
 # %% ../../nbs/data/09_preparation.ipynb #8692feb5
 def amount(value: float) -> str:
     "A number in three digits and a letter for thousands, millions, or billions (US)."
-    size, letter = next(((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= size), (1, ""))
+    sizes = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    size, letter = next((each for each in sizes if value >= each[0]), (1, ""))
     return f"{float(f'{value / size:.3g}'):,g}{letter}"
 
 # %% ../../nbs/data/09_preparation.ipynb #c806a998
@@ -217,8 +212,8 @@ def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second:
              + (f" (all of the source: {amount(own.published)}, counted by others)" if pd.notna(own.published) else "")
              for name, own in costs.iterrows()]
     total, hours = costs.sum(), expected_hours(costs, workers, megabytes_per_second)
-    return [*lines, f"together, estimated from the sizes of files: {amount(total.tokens)} tokens, {amount(total.disk)} bytes "
-            f"on the disk, {total.requests:,} requests, {amount(hours)} hours (processes: {workers}, network: "
+    return [*lines, f"together, estimated from the sizes of files: {amount(total.tokens)} tokens, {amount(total.disk)} "
+            f"bytes on the disk, {total.requests:,} requests, {amount(hours)} hours (processes: {workers}, network: "
             f"{megabytes_per_second:g} MB/s)"]
 
 # %% ../../nbs/data/09_preparation.ipynb #71775dca
@@ -274,8 +269,8 @@ def prepare_unit(folder: str | Path, mirror: str | None, unit: Unit) -> dict:
                                                                                            "benchmarks.json")))
     def write() -> dict:
         if (size := list_files(root, [unit.path])[unit.path]) != unit.bytes:
-            raise StudyError(f"{source.repository}/{unit.path}: has {size:,} bytes and had {unit.bytes:,} when the corpus "
-                             "was planned; it is truncated or another file, copy it again")
+            raise StudyError(f"{source.repository}/{unit.path}: has {size:,} bytes and had {unit.bytes:,} when the "
+                             "corpus was planned; it is truncated or another file, copy it again")
         with atomic_path(folder / unit.tokens_file) as temporary, open(temporary, "wb") as file:
             rows = read_rows(source, root, unit.path, unit.part, unit.parts)
             counts, ends = write_documents(rows, file, encoder, check, plan.config.drop_contaminated)
@@ -301,7 +296,7 @@ def planned(config: CorpusConfig, folder: Path, mirror: str | None = None) -> Pl
                          "sources, budgets and tokenizer to continue it, or give another --name")
     return plan
 
-
+# %% ../../nbs/data/09_preparation.ipynb #6e641ccd
 def begin(plan: Plan, folder: Path, mirror: str | None = None) -> None:
     "Write what every unit needs: tokenizer, questions, and at last the plan."
     if not (folder / "plan.json").exists():
@@ -312,7 +307,7 @@ def begin(plan: Plan, folder: Path, mirror: str | None = None) -> None:
     for leftover in folder.rglob(".*.tmp"):  # of a process that was killed
         leftover.unlink(missing_ok=True)
 
-
+# %% ../../nbs/data/09_preparation.ipynb #6d82f461
 def finish(plan: Plan, folder: Path) -> None:
     "Gather the lines of all units, in their order, into the manifest: with it a corpus is complete."
     lines = [json.dumps(json.loads((folder / unit.line_file).read_text(encoding="utf-8"))) for unit in plan.units]

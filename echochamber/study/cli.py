@@ -7,7 +7,7 @@ __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'FigureNames', 'Sour
            'CheckpointOption', 'BenchmarkOption', 'DataOption', 'SamplesOption', 'LimitOption', 'TokensOption',
            'SampledOption', 'CompletionsArgument', 'OutOption', 'say', 'complain', 'sentence_and_status', 'status_of',
            'main', 'typed_path', 'path_option', 'study', 'reproduce', 'show_figures', 'figures', 'report', 'compute',
-           'run', 'where_units_run', 'data', 'prepare_corpus', 'evaluate', 'grade']
+           'run', 'where_units_run', 'require_action', 'data', 'prepare_corpus', 'evaluate', 'grade']
 
 # %% ../../nbs/study/11_cli.ipynb #9a76386e
 import contextlib
@@ -200,8 +200,14 @@ def where_units_run(workers: int, scheduler: str | None = None, slurm: Path | No
 
 # %% ../../nbs/study/11_cli.ipynb #c0d0e004
 SourceNames = Annotated[list[str] | None, typer.Argument(help="names of sources, NAME=TOKENS for a part of one")]
-MirrorOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="a copy of the Hub's repositories, by their ids")]
+MirrorOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="a copy of the Hub's repositories, by id")]
 NetworkOption = Annotated[float, typer.Option(min=0.001, help="of the network, for the estimate")]
+
+
+def require_action(action: str) -> None:
+    "Raises `StudyError` if an action is neither plan nor prepare."
+    if action not in ("plan", "prepare"):
+        raise StudyError(f"unknown action `{action}`; say plan or prepare")
 
 
 @app.command()
@@ -211,13 +217,13 @@ def data(action: Annotated[str, typer.Argument(help="plan or prepare")], sources
          mirror: MirrorOption = None, megabytes_per_second: NetworkOption = 100,
          workers: Annotated[int, typer.Option(min=1, help="processes, or SLURM jobs")] = 1,
          scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:port")] = None,
-         slurm: Annotated[Path | None, path_option("FILE", "JSON arguments of dask_jobqueue.SLURMCluster")] = None) -> None:
+         slurm: Annotated[Path | None, path_option("FILE", "JSON arguments of dask_jobqueue.SLURMCluster")] = None
+         ) -> None:
     """Plan a corpus of the Hub (tokens, disk, requests, time; nothing is fetched), or prepare it for pretraining.
 
     Example: echochamber data plan tinygsm finemath=2e9 algebraic-stack=1e9"""
     from echochamber.data import preparation
-    if action not in ("plan", "prepare"):
-        raise StudyError(f"unknown action `{action}`; say plan or prepare")
+    require_action(action)
     chosen, folder = preparation.corpus_config(sources or (), config), preparation.corpus_folder(typed_path(name))
     plan = preparation.planned(chosen, folder, mirror)
     say(*preparation.cost_lines(plan, folder, workers, megabytes_per_second))
@@ -225,7 +231,8 @@ def data(action: Annotated[str, typer.Argument(help="plan or prepare")], sources
         prepare_corpus(chosen, folder, mirror, where_units_run(workers, scheduler, slurm))
 
 # %% ../../nbs/study/11_cli.ipynb #c0d0e005
-def prepare_corpus(config: "CorpusConfig", folder: Path, mirror: str | None, place: contextlib.AbstractContextManager) -> None:
+def prepare_corpus(config: "CorpusConfig", folder: Path, mirror: str | None,
+                   place: contextlib.AbstractContextManager) -> None:
     "Prepare a corpus where `place` maps, showing how far it is; say what it holds and how it is named in a config."
     from rich.progress import Progress
     from echochamber.data import preparation
