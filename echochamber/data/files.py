@@ -48,7 +48,8 @@ def told_to_wait(error: BaseException) -> int | None:
     if getattr(response, "status_code", None) != 429:
         return None
     headers = {name.lower(): value for name, value in response.headers.items()}
-    told = re.fullmatch(r"\d+", headers.get("retry-after", "")) or re.search(r"(?<=t=)\d+", headers.get("ratelimit", ""))
+    told = re.fullmatch(r"\d+", headers.get("retry-after", ""))
+    told = told or re.search(r"(?<=t=)\d+", headers.get("ratelimit", ""))
     return int(told[0]) if told else 300
 
 # %% ../../nbs/data/05_files.ipynb #4187db0c
@@ -85,7 +86,7 @@ log = logging.getLogger("echochamber")
 
 def patiently(action: Callable[[], object], say: Callable[[str], None] = log.warning,
               sleep: Callable[[float], None] = time.sleep, attempts: int = 20):
-    "The result of an action that is repeated when the Hub asks to wait. Raises `StudyError` when it never stops asking."
+    "The result of an action, repeated when the Hub asks to wait. Raises `StudyError` when it never stops asking."
     for _ in range(attempts):
         try:
             return action()

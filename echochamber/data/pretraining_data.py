@@ -31,7 +31,8 @@ class PretrainingData:
     fingerprint: str           # content hash of the corpus
 
 
-def synthetic_data(mixture: MixtureConfig, context: int, vocab_size: int, batch_size: int, seed: int) -> PretrainingData:
+def synthetic_data(mixture: MixtureConfig, context: int, vocab_size: int, batch_size: int,
+                   seed: int) -> PretrainingData:
     "Documents generated from a mixture, with a tokenizer trained on them."
     corpus = build_corpus(mixture)
     texts, train = corpus["train"]["text"], corpus["train"].to_pandas()
@@ -58,11 +59,11 @@ def prepared_data(mixture: PreparedMixtureConfig, context: int, batch_size: int,
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder)
     counts = np.diff([0, *rows.ends])
-    whole = manifest.groupby("source")[["documents", "tokens"]].sum().loc[rows.names]
+    sources = manifest.groupby("source")[["documents", "tokens"]].sum().loc[rows.names]
     filled = manifest[manifest.tokens > 0].groupby("source").file.first()
-    return PretrainingData(tokenizer, PackedData(rows, batch_size, seed, held_out), whole.assign(share=counts / counts.sum()),
-                           {name: first_document(folder / filled[name], tokenizer) for name in rows.names},
-                           corpus_fingerprint(folder))
+    examples = {name: first_document(folder / filled[name], tokenizer) for name in rows.names}
+    return PretrainingData(tokenizer, PackedData(rows, batch_size, seed, held_out),
+                           sources.assign(share=counts / counts.sum()), examples, corpus_fingerprint(folder))
 
 # %% ../../nbs/data/11_pretraining_data.ipynb #21d61d44
 def pretraining_data(mixture: MixtureConfig | PreparedMixtureConfig, context: int, vocab_size: int, end_token: int,

@@ -149,7 +149,7 @@ def jsonl_rows(source: CorpusSource, file: BinaryIO, part: int, parts: int, wher
 
 
 def zst_rows(source: CorpusSource, file: BinaryIO, part: int, parts: int, where: str) -> Rows:
-    "The rows of JSON lines in Zstandard; whatever else a row holds (`meta` differs from file to file) is not looked at."
+    "The rows of JSON lines in Zstandard; what else a row holds (`meta` differs from file to file) is not looked at."
     stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 2**20)
     yield from parsed_lines(source, enumerate(stream, start=1), where, "line")
 
