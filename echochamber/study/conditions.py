@@ -35,7 +35,7 @@ def known_mixtures() -> list[str]:
     prepared = [name for preset in PRESETS.values() if preset.corpus for name in preset.corpus.mixtures]
     return list(dict.fromkeys([*MIXTURES, *prepared]))
 
-
+# %% ../../nbs/study/04_conditions.ipynb #1e377eb4
 class Condition(StrictConfig):
     "What differs from the preset; the fields that differ from their defaults are its name and the labels of its rows."
     mixture: str = Field("three-formats", description="sources of pretraining, a key of `MIXTURES` or of the preset's corpus")

@@ -90,8 +90,8 @@ def figure_costs(preset: str, seeds: int = 1) -> pd.DataFrame:
 # %% ../../nbs/study/10_reproduction.ipynb #918062af
 def cost_line(runs: Sequence[Run], preset: str) -> str:
     "How many runs there are, how many are left, and how long they will take."
-    left = sum(not run.done for run in runs)
-    return f"{len(runs)} runs, {left} to compute, about {clock(seconds_left(runs, preset))} on {PRESETS[preset].machine}"
+    left, time, machine = sum(not run.done for run in runs), clock(seconds_left(runs, preset)), PRESETS[preset].machine
+    return f"{len(runs)} runs, {left} to compute, about {time} on {machine}"
 
 
 def run_lines(runs: Sequence[Run], preset: str) -> list[str]:
