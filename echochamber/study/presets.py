@@ -169,7 +169,7 @@ PAPER = Preset(
     machine="one H100 (estimated)", problems=ProblemConfig(), prompts="gsm8k-train", questions=7473,
     max_new_tokens=1024, corpus={"folder": "paper", "mixtures": PAPER_MIXTURES},
     decoders={"default": DECODERS["150M"], "1B": DECODERS["1B"]},
-    pretraining={"batch_size": 512, "micro_batches": 16, "steps": 56_000, "learning_rate": 1e-3, "warmup": 5000,
+    pretraining={"batch_size": 512, "micro_batches": 32, "steps": 56_000, "learning_rate": 1e-3, "warmup": 5000,
                  "tokens": None, "snapshots": (14_000, 28_000, 42_000), "precision": "bf16-mixed"},
     rl={"prompts": 64, "samples": 8, "train_batch": 64, "steps": 9336, "learning_rate": 1e-6,
         "critic_learning_rate": 7e-6, "temperature": 0.7, "precision": "bf16-mixed"},
