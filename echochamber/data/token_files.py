@@ -147,7 +147,7 @@ def open_mixture(config: PreparedMixtureConfig, context: int) -> tuple[MixtureRo
                          "prepare more of it")
     unwanted = {source.name for source in config.sources if source.weight == 0}
     if unread := [name for name, count in counts.items() if not count and name not in unwanted]:
-        raise StudyError(f"{folder}: {config.tokens:,} tokens leave `{unread[0]}` no row; raise `tokens` of the mixture")
+        raise StudyError(f"{folder}: {config.tokens:,} tokens leave `{unread[0]}` no row; raise the mixture's `tokens`")
     tails = {name: file_rows(folder, manifest[name], context, held_out=True) for name in counts}
     held_out = {name: MixtureRows(tails, {name: min(config.held_out_rows, len(tails[name]))}, context, config.seed)
                 for name in counts if min(config.held_out_rows, len(tails[name]))}

@@ -196,7 +196,7 @@ def where_units_run(workers: int, scheduler: str | None = None, slurm: Path | No
     else:
         with dask_client(workers, scheduler, slurm) as client:
             yield lambda function, units: (future.result() for future in as_completed(
-                client.map(function, list(units), pure=False)))
+                client.map(function, list(units), pure=False), loop=client.loop))
 
 # %% ../../nbs/study/11_cli.ipynb #c0d0e009
 SourceNames = Annotated[list[str] | None, typer.Argument(help="names of sources, NAME=TOKENS for a part of one")]
