@@ -142,9 +142,12 @@ def open_mixture(config: PreparedMixtureConfig, context: int) -> tuple[MixtureRo
         raise StudyError(f"{folder}: holds no source `{missing[0]}` (it has {', '.join(manifest)}); prepare it as well")
     rows = {name: file_rows(folder, lines, context) for name, lines in manifest.items()}
     counts = wanted_rows({name: len(own) for name, own in rows.items()}, config, context)
-    if empty := [name for name, count in counts.items() if count and not len(rows[name])]:
+    if empty := [name for name in counts if not len(rows[name])]:
         raise StudyError(f"{folder}: the files of `{empty[0]}` do not fill one row of {context} tokens; "
                          "prepare more of it")
+    unwanted = {source.name for source in config.sources if source.weight == 0}
+    if unread := [name for name, count in counts.items() if not count and name not in unwanted]:
+        raise StudyError(f"{folder}: {config.tokens:,} tokens leave `{unread[0]}` no row; raise the mixture's `tokens`")
     tails = {name: file_rows(folder, manifest[name], context, held_out=True) for name in counts}
     held_out = {name: MixtureRows(tails, {name: min(config.held_out_rows, len(tails[name]))}, context, config.seed)
                 for name in counts if min(config.held_out_rows, len(tails[name]))}

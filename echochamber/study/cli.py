@@ -199,9 +199,9 @@ def where_units_run(workers: int, scheduler: str | None = None, slurm: Path | No
     else:
         with dask_client(workers, scheduler, slurm) as client:
             yield lambda function, units: (future.result() for future in as_completed(
-                client.map(function, list(units), pure=False)))
+                client.map(function, list(units), pure=False), loop=client.loop))
 
-# %% ../../nbs/study/11_cli.ipynb #c0d0e004
+# %% ../../nbs/study/11_cli.ipynb #c0d0e009
 SourceNames = Annotated[list[str] | None, typer.Argument(help="names of sources, NAME=TOKENS for a part of one")]
 MirrorOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="a copy of the Hub's repositories, by id")]
 NetworkOption = Annotated[float, typer.Option(min=0.001, help="of the network, for the estimate")]
@@ -212,7 +212,7 @@ def require_action(action: str) -> None:
     if action not in ("plan", "prepare"):
         raise StudyError(f"unknown action `{action}`; say plan or prepare")
 
-
+# %% ../../nbs/study/11_cli.ipynb #c0d0e004
 @app.command()
 def data(action: Annotated[str, typer.Argument(help="plan or prepare")], sources: SourceNames = None,
          name: Annotated[str, typer.Option(help="of the corpus, below outputs/corpora, or a folder")] = "corpus",
