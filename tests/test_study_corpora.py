@@ -72,21 +72,45 @@ def test_prepared_again_nothing_is_done(place, corpus):
     assert "0 units to do" in again and {path: path.stat().st_mtime_ns for path in corpus.rglob("*.bin")} == before
 
 
-def test_what_was_prepared_is_pretrained_on_tuned_and_evaluated(place, corpus):
+@pytest.fixture(scope="module")
+def pretrained(place, corpus) -> Path:
     schedule = {"steps": 8, "optimiser": {"horizon": 8, "learning_rate": 1e-3}}
     shape = {"vocab_size": 600, "width": 32, "layers": 1, "heads": 2, "context": 64, "end_token": 2}
     mixture = {"corpus": "six", "corpus_hash": corpus_fingerprint(corpus), "tokens": 40_000, "held_out_rows": 4,
                "sources": [{"name": "tinygsm", "repeat": 4}, *({"name": name} for name in WRITERS if name != "tinygsm")]}
-    pretrained = run(place, "pretrain", {"mixture": mixture, "decoder": shape, "fit": schedule, "batch_size": 4})
+    return run(place, "pretrain", {"mixture": mixture, "decoder": shape, "fit": schedule, "batch_size": 4})
+
+
+def tune(place: Path, pretrained: Path, **prompts) -> Path:
+    algorithm = grpo_config(2, prompts=2, samples=4, train_batch=8).model_dump(mode="json")
+    algorithm["rollouts"]["sampling"] = {"max_new_tokens": 8, "temperature": 1.0}
+    return run(place, "finetune", {"model": f"pretrain/{pretrained.name}", "questions": 8, "algorithm": algorithm,
+                                   "snapshots": [0, 2], **prompts})
+
+
+def evaluate(place: Path, tuned: Path, **benchmark) -> pd.DataFrame:
+    folder = run(place, "evaluate", {"model": f"finetune/{tuned.name}", "steps": [2], "questions": 4, "samples": 2,
+                                     "sampling": {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95}, **benchmark})
+    assert (folder / "DONE").exists()
+    return pd.read_parquet(folder / "evaluation.parquet")
+
+
+def test_what_was_prepared_is_pretrained_on_tuned_and_evaluated(place, corpus, pretrained):
     losses = pd.read_parquet(pretrained / "held_out.parquet")
     assert set(losses.source) <= set(read_manifest(corpus).source) and losses.loss.between(1, 10).all() and len(losses) > 3
     decoder, tokenizer = load_model(pretrained / "checkpoints/step-000008")
     assert decoder.config.end_token == 2 and 1 not in tokenizer.encode("How many?").ids, "no beginning of text in prompts"
+    assert len(evaluate(place, tune(place, pretrained))) == 4 * 3
 
-    algorithm = grpo_config(2, prompts=2, samples=4, train_batch=8).model_dump(mode="json")
-    algorithm["rollouts"]["sampling"] = {"max_new_tokens": 8, "temperature": 1.0}
-    reference = f"pretrain/{pretrained.name}"
-    tuned = run(place, "finetune", {"model": reference, "questions": 8, "algorithm": algorithm, "snapshots": [0, 2]})
-    evaluated = run(place, "evaluate", {"model": f"finetune/{tuned.name}", "steps": [2], "questions": 4, "samples": 2,
-                                        "sampling": {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95}})
-    assert (evaluated / "DONE").exists()
+
+def test_real_prompts_and_real_questions_go_the_same_way(place, pretrained, real_file):
+    "GSM8K's training set as prompts of RL; GSM8K, MATH-500 and AIME 2024 as evaluations."
+    prompts = {"prompts": {"benchmark": "gsm8k-train", "data": str(real_file("gsm8k_train"))}}
+    tuned = tune(place, pretrained, **prompts)
+    config = json.loads((tuned / "config.json").read_text())
+    assert config["prompts"]["data_hash"], "another file would be another run"
+    for name in ("gsm8k", "math500", "aime24"):
+        evaluation = evaluate(place, tuned, benchmark=name, data=str(real_file(name)))
+        rows = map(json.loads, real_file(name).read_text(encoding="utf-8").splitlines())
+        known = {value.strip() for row in rows for value in row.values() if isinstance(value, str)}
+        assert len(evaluation) == 4 * 3 and set(evaluation.question.str.strip()) <= known
