@@ -6,7 +6,7 @@
 __all__ = ['OptimiserConfig', 'learning_rate_factor', 'make_optimiser', 'MetricHistory', 'AtomicCheckpointIO', 'ResumePoint',
            'check_initial_weights', 'SnapshotCallback', 'logarithmic_steps', 'ProgressCallback', 'fast_bf16',
            'FitConfig', 'resolve_precision', 'resolve_compiled', 'quiet_lightning', 'make_loggers', 'RecomputeCallback',
-           'LaunchedStrategy', 'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
+           'LaunchedStrategy', 'LaunchedEnvironment', 'make_trainer', 'refuse_forks_of_a_gpu', 'error_of_fork', 'fit']
 
 # %% ../../nbs/training/01_fitting.ipynb #16a2477d
 import hashlib
@@ -254,6 +254,13 @@ class LaunchedStrategy(DDPStrategy):
     def _configure_launcher(self):
         self._launcher = None
 
+
+class LaunchedEnvironment(LightningEnvironment):
+    "What a launcher has told, which Lightning's own forgets after the first fit; Expert Iteration fits in every round."
+
+    def teardown(self):
+        pass
+
 # %% ../../nbs/training/01_fitting.ipynb #e0a00010
 def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """The trainer of one attempt: resume points are ours, gradients are clipped, logs go to `folder/logs`.
@@ -268,7 +275,7 @@ def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -
         accelerator="gpu" if torch.cuda.is_available() else "cpu", precision=resolve_precision(config.precision),
         gradient_clip_val=config.optimiser.clip_norm, strategy=LaunchedStrategy() if launched > 1 else "auto",
         callbacks=[*callbacks, *([RecomputeCallback()] if config.recompute_activations else [])],
-        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if launched > 1 else [])],
+        plugins=[AtomicCheckpointIO(), *([LaunchedEnvironment()] if launched > 1 else [])],
         logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
