@@ -40,10 +40,10 @@ sync: $(READY)
 	@$(BIN)/python -m pytest tests/test_sync.py
 
 notebooks: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 unit: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 2 --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 FUZZ_MINUTES ?= 20
 fuzz: $(READY)

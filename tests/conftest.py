@@ -46,6 +46,12 @@ def pytest_configure(config):
     config.option.randomly_reset_seed = False
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    "The whole study begins first, in whatever order the others come: it takes longest, and the processes end together."
+    items.sort(key=lambda item: item.path.stem != "test_study_smoke")
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     "Whatever a test draws without a seed of its own is the same in any order of the tests."

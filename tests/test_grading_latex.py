@@ -1,4 +1,4 @@
-"The LaTeX judge: failures are counted, the next question is served, no process is left behind."
+"Comparison of LaTeX: failures are counted, the next question is served, no process is left behind."
 import subprocess
 import sys
 import time

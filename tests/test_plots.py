@@ -12,6 +12,7 @@ from echochamber.plots import (
     ALGORITHM_STYLE,
     FORMAT_STYLE,
     METRIC_STYLE,
+    PRECISION_STYLE,
     caption,
     crop,
     draw_own_seed,
@@ -23,7 +24,7 @@ from echochamber.plots import (
     step_axis,
 )
 
-KINDS = [FORMAT_STYLE, METRIC_STYLE, ALGORITHM_STYLE]
+KINDS = [FORMAT_STYLE, METRIC_STYLE, ALGORITHM_STYLE, PRECISION_STYLE]
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def rows(values, n=400) -> pd.DataFrame:
 
 def test_few_completions_are_hollow_and_cut_the_band(axes):
     plot_interval(rows([0.5] * 6, n=[400, 29, 30, 31, 5, 400]), "step", axes, **FORMAT_STYLE["omi1"])
+    assert list(np.flatnonzero(np.isnan(axes.get_lines()[0].get_ydata()))) == [1, 4], "no slope leads to a hollow point"
     assert list(axes.get_lines()[1].get_xdata()) == [1, 4] and axes.get_lines()[1].get_markerfacecolor() == "white"
     band, bars = axes.collections
     ends = [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for path in band.get_paths()]
@@ -136,11 +138,11 @@ def test_crop_shows_bands_and_bears_an_empty_panel(axes):
 
 
 def test_caption_names_what_the_figure_rests_on(axes):
-    text = caption(axes.figure, 200, 16, 1, "laptop", 341_632, note="shaded: 95 %")
+    text = caption(axes.figure, 200, 16, {"ppo": 1, "grpo": 1}, "laptop", 341_632, note="shaded: 95 %")
     assert text == "n = 200 problems · 16 samples each · 1 seed · preset laptop · 0.34 M parameters · shaded: 95 %"
     assert axes.figure.get_supxlabel() == text
-    other = caption(axes.figure, 1, 1, 3, "paper", 150_000_000)
-    assert other == "n = 1 problem · 1 sample each · 3 seeds · preset paper · 150 M parameters"
+    other = caption(axes.figure, 1, 1, {"ppo": 3, "grpo": 5}, "paper", 150_000_000)
+    assert other == "n = 1 problem · 1 sample each · 3 seeds (ppo) · 5 seeds (grpo) · preset paper · 150 M parameters"
 
 
 def test_a_figure_is_saved_whole_in_two_formats(axes, tmp_path):

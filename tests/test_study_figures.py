@@ -7,22 +7,21 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from pretended_runs import pretend_runs
 
 from echochamber.core import project_root
 from echochamber.study import figures
 from echochamber.study.conditions import Condition
-from echochamber.study.execution import launch, run_task
 from echochamber.study.figures import (
     FIGURES,
     Figure,
-    figure_run,
-    publish,
     read_json,
     redraw,
     table_file,
     verdict_file,
     write_table,
 )
+from echochamber.study.reproduction import reproduce
 
 ROOT, SHIPPED = project_root(), project_root() / "outputs/results/laptop"
 DRAWN = [name for name, figure in FIGURES.items() if all((SHIPPED / f"{one.name}.parquet").exists() for one in figure.conditions)]
@@ -101,16 +100,18 @@ def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHOCHAMBER_NOTEBOOKS", str(tmp_path / "nbs"))
     parameters = nbformat.v4.new_code_cell("name = 'toy'\nconfig = None\npreset = 'laptop'", metadata={"tags": ["parameters"]})
     (tmp_path / "nbs/figures").mkdir(parents=True)
+    (tmp_path / "nbs/experiments").symlink_to(ROOT / "nbs/experiments")
     nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(TOY)]), tmp_path / "nbs/figures/toy.ipynb")
 
     toy = Figure(name="toy", claim="T1", title="a toy learns", conditions=(Condition(pretraining_seed=0),))
     monkeypatch.setitem(figures.FIGURES, "toy", toy)
 
     table = pd.read_parquet(SHIPPED / "grpo-pretraining0.parquet")
-    write_table(table_file(toy.conditions[0], "laptop", ship=True), [table])
+    write_table(table_file(toy.conditions[0], "laptop"), table)
     assert redraw("laptop") == {"toy": "T1 reproduced: a toy; 1 of 1 predictions hold."}
-    write_table(table_file(toy.conditions[0], "laptop"), [table[table.seed == 1]])
-    launch(run_task(run := figure_run(toy, "laptop")))
-    assert publish(run).startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo-pretraining0): accuracy")
+    pretend_runs(toy.conditions[0], 0, table[table.seed == 1])
+    drawn = [reproduce([toy], "laptop")["toy"] for _ in range(2)]
+    assert drawn[0].startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo-pretraining0): accuracy")
     assert read_json(verdict_file("toy", "laptop"))["seeds"] == 3, "the shipped seeds stay the results"
-    assert run.done and figure_run(toy, "laptop").reference == run.reference, "nothing is drawn twice"
+    attempts = [read_json(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
+    assert drawn[0] == drawn[1] and attempts == [1, 1], "nothing is drawn twice"

@@ -6,10 +6,11 @@ import shutil
 import matplotlib
 import pandas as pd
 import pytest
+from pretended_runs import pretend_runs
 
 from echochamber.core import StudyError, project_root
 from echochamber.study.conditions import Condition
-from echochamber.study.figures import FIGURES, figure_config, table_file, write_table
+from echochamber.study.figures import FIGURES, figure_run, table_file, write_table
 from echochamber.study.reading import (
     ACCURACY,
     GREEDY,
@@ -33,14 +34,14 @@ def shipped(tmp_path, monkeypatch):
     return shutil.copytree(SHIPPED, tmp_path / "results/laptop")
 
 
-def reproduce_seed(condition: Condition, seed: int, **changes) -> None:
-    "One shipped seed as the reader's own tables, with changed columns."
+def reproduce_seed(condition: Condition, seed: int) -> None:
+    "One shipped seed as the reader's seed 0."
     table = pd.read_parquet(SHIPPED / f"{condition.name}.parquet")
-    write_table(table_file(condition, "laptop"), [table[table.seed == seed].assign(**changes)])
+    pretend_runs(condition, 0, table[table.seed == seed])
 
 
 def test_results_are_the_committed_rows(shipped):
-    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
+    results = Results.read(figure_run(FIGURES["convergence"], "laptop").config)
     tables = [pd.read_parquet(SHIPPED / f"{one.name}.parquet") for one in (PPO, GRPO)]
     assert len(results.evaluation) == sum(map(len, tables)) and results.own.empty
     assert results.seeds == sorted({*tables[0].seed, *tables[1].seed}) and (results.problems, results.samples) == (200, 16)
@@ -55,7 +56,7 @@ def test_results_are_the_committed_rows(shipped):
 
 
 def test_a_table_that_changes_after_planning_is_refused(shipped):
-    config = figure_config(FIGURES["convergence"], "laptop")
+    config = figure_run(FIGURES["convergence"], "laptop").config
     pd.read_parquet(shipped / f"{PPO.name}.parquet").head(100).to_parquet(shipped / f"{PPO.name}.parquet")
     with pytest.raises(StudyError, match="changed after this figure was planned"):
         Results.read(config)
@@ -67,22 +68,25 @@ def test_a_table_that_changes_after_planning_is_refused(shipped):
 def test_the_readers_rows_lie_beside_the_shipped_ones(shipped):
     for condition in (PPO, GRPO):
         reproduce_seed(condition, 1)
-    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
-    assert len(results.seeds) >= 3 and sorted(results.own.seed.unique()) == [1]
+    results = Results.read(figure_run(FIGURES["convergence"], "laptop", seeds=[0]).config)
+    assert len(results.seeds) >= 3 and sorted(results.own.seed.unique()) == [0]
     for condition in (PPO, GRPO):
         line, alone = own_seed_line(results, (condition.name, 120), {"accuracy": ACCURACY}), results.pretrainings[condition.name] == 1
         assert ("share one pretraining" in line) == alone and ("within" in line or "outside" in line) != alone
-    assert not Results.read(figure_config(FIGURES["convergence"], "laptop", own=False)).own.size
+    assert not Results.read(figure_run(FIGURES["convergence"], "laptop").config).own.size
 
 
 def test_without_shipped_tables_the_readers_are_the_results(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
     with pytest.raises(StudyError, match="reproduce convergence"):
-        figure_config(FIGURES["convergence"], "laptop")
+        figure_run(FIGURES["convergence"], "laptop")
+    config = figure_run(FIGURES["convergence"], "laptop", seeds=[0]).config
+    with pytest.raises(StudyError, match="is needed first"):
+        Results.read(config)
     for condition in (PPO, GRPO):
         reproduce_seed(condition, 2)
-    results = Results.read(figure_config(FIGURES["convergence"], "laptop"))
-    assert results.seeds == [2] and results.own.empty
+    results = Results.read(config)
+    assert results.seeds == [0] and results.own.empty and len(results.costs) == 6
 
 
 def test_whole_seeds_judge_the_readers_seed(shipped):
@@ -111,24 +115,26 @@ def test_a_model_that_never_moves_is_not_reproduced(shipped):
     for condition in (PPO, GRPO):
         table = pd.read_parquet(shipped / f"{condition.name}.parquet")
         start = table[(table.step == 0) & (table.problem < 40)]
-        write_table(shipped / f"{condition.name}.parquet", [start.assign(step=step, sampled=128 * step) for step in (0, 8, 120)])
+        idle = pd.concat([start.assign(step=step, sampled=128 * step) for step in (0, 8, 120)])
+        write_table(shipped / f"{condition.name}.parquet", idle)
     verdict = run_cells("convergence")["verdict"]
     assert verdict.status == "not reproduced" and [one["holds"] for one in verdict.predictions] == [False] * 5
 
 
 def test_a_control_that_moves_as_far_refutes_the_comparison(shipped):
     "The algorithms figure on tables where supervised fine-tuning ends where GRPO does."
-    tables = {one.algorithm: pd.read_parquet(table_file(one, "laptop", ship=True)) for one in FIGURES["algorithms"].conditions}
+    tables = {one.algorithm: pd.read_parquet(table_file(one, "laptop")) for one in FIGURES["algorithms"].conditions}
     tables["sft"] = tables["grpo"][tables["grpo"].step == 120].assign(condition="sft-pretraining0", algorithm="sft")
     for algorithm, table in tables.items():
         few = table[(table.problem < 40) & ~table.step.isin((4, 8, 24, 40, 60, 90))]
-        write_table(shipped / f"{algorithm}-pretraining0.parquet", [few])
+        write_table(shipped / f"{algorithm}-pretraining0.parquet", few)
     verdict = run_cells("algorithms")["verdict"]
     assert verdict.status == "not reproduced" and "GRPO" in verdict.refuted_by and not verdict.predictions[0]["holds"]
 
 
 def test_a_verdict_without_its_headline_is_not_reproduced():
-    for holds, status in (((True, True), "reproduced"), ((True, False), "partly reproduced"), ((False, True), "not reproduced")):
+    for holds, status in (((True, True), "reproduced"), ((True, False), "partly reproduced"), ((False, True), "not reproduced"),
+                          ((None, True), "undecided"), ((True, None), "partly reproduced"), ((False, None), "not reproduced")):
         verdict = Verdict("T")
         for place, one in enumerate(holds):
             verdict.predict(str(place), "measured", one, headline=place == 0)

@@ -1,34 +1,75 @@
 "The whole study at preset smoke, through the command line: every experiment and figure notebook is executed by papermill."
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+import psutil
 import pytest
+from toy_study import alive, wait_for
 
 from echochamber.core import project_root
-from echochamber.study.figures import FIGURES, figure_runs
+from echochamber.study.figures import FIGURES, condition_tables, figure_runs
 
 COMMAND = Path(sys.executable).with_name("echochamber")
 CONDITIONS = {one.name: one for figure in FIGURES.values() for one in figure.conditions}
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("outputs")
-    reproduce(folder)
-    return folder
+def study(tmp_path_factory) -> SimpleNamespace:
+    """The study at preset smoke, interrupted while it pretrains, killed in the middle of RL, and finished.
+
+    `outputs`: its folder; `interrupted`: status and output of the first command; `survivors`: processes of the killed one
+    that went on; `killed`: names of the files it left; `pretrained`: when the pretraining was done, before and after."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    first = start(outputs)
+    wait_for(lambda: list(outputs.glob("runs/pretrain/*/progress.json")))
+    first.send_signal(signal.SIGINT)
+    interrupted = first.communicate(timeout=60)[0], first.returncode, list(outputs.rglob("*.tmp"))
+    second, pretraining = start(outputs), lambda: list(outputs.glob("runs/pretrain/*/DONE"))
+    wait_for(lambda: pretraining() and list(outputs.glob("runs/finetune/*/progress.json")))
+    family, moment = psutil.Process(second.pid).children(recursive=True), pretraining()[0].stat().st_mtime_ns
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    wait_for(lambda: not any(map(alive, family)), 60)
+    killed = [path.name for path in outputs.rglob("*") if path.is_file()]
+    finish(outputs)
+    return SimpleNamespace(outputs=outputs, interrupted=interrupted, family=family, killed=killed,
+                           pretrained=(moment, pretraining()[0].stat().st_mtime_ns))
 
 
-def reproduce(folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"ECHOCHAMBER_OUTPUTS": str(folder)}
-    finished = subprocess.run([COMMAND, "reproduce", "all", "--preset", "smoke", "--workers", "2"], env=environment,
-                              cwd=project_root(), capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    return finished
+@pytest.fixture(scope="module")
+def outputs(study) -> Path:
+    return study.outputs
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen([COMMAND, "reproduce", "all", "--preset", "smoke", "--workers", "2"], cwd=project_root(), text=True,
+                            env=os.environ | {"ECHOCHAMBER_OUTPUTS": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(folder: Path) -> str:
+    "Everything that is missing; what the command says."
+    command = start(folder)
+    output, _ = command.communicate(timeout=600)
+    assert command.returncode == 0, output[-3000:]
+    return output
+
+
+def test_an_interrupted_study_says_how_to_go_on(study):
+    output, status, leftovers = study.interrupted
+    assert status == 130 and "run the same command to continue" in output and "Traceback" not in output and not leftovers
+
+
+def test_a_killed_study_leaves_nothing_running_and_continues(study):
+    assert study.family, "runs should be computed in processes of their own"
+    assert not [name for name in study.killed if name.endswith((".png", ".pdf"))]
+    assert study.pretrained[0] == study.pretrained[1], "a finished run was computed again"
 
 
 def test_every_figure_is_published_and_nothing_is_shipped(outputs):
@@ -41,11 +82,12 @@ def test_every_figure_is_published_and_nothing_is_shipped(outputs):
     assert not (outputs / "results").exists() and not (outputs / "figures").exists()
 
 
-def test_every_condition_has_its_tables(outputs):
-    for name in CONDITIONS:
-        evaluations, training, costs = (pd.read_parquet(outputs / f"reproduced/smoke/{name}{part}.parquet")
-                                        for part in ("", "_training", "_costs"))
-        assert set(evaluations.condition) == {name} and {"seed", "pretraining_seed", "sampled", "benchmark"} <= set(evaluations)
+def test_every_condition_has_its_tables(outputs, monkeypatch):
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(outputs))
+    for condition in CONDITIONS.values():
+        evaluations, training, costs = condition_tables(condition, "smoke", [0]).values()
+        assert set(evaluations.condition) == {condition.name}
+        assert {"seed", "pretraining_seed", "sampled", "benchmark"} <= set(evaluations)
         assert set(training.stage) == {"pretrain", "finetune"} and not [column for column in training if "second" in column]
         assert list(costs.stage) == ["pretrain", "finetune", "evaluate"] and (costs.seconds > 0).all() and (costs.tokens > 0).all()
 
@@ -74,9 +116,9 @@ def test_evaluation_keeps_every_completion(outputs):
 def test_second_time_computes_nothing(outputs):
     before = {path: path.stat().st_mtime_ns for path in outputs.rglob("*") if path.is_file() and path.suffix != ".lock"}
     started = time.time()
-    finished = reproduce(outputs)
+    said = finish(outputs)
     assert time.time() - started < 60
     for name in FIGURES:
         verdict = json.loads((outputs / f"reproduced/smoke/{name}.json").read_text())
-        assert " ".join(verdict["line"].split()) in " ".join(finished.stdout.split())
+        assert " ".join(verdict["line"].split()) in " ".join(said.split())
     assert before == {path: path.stat().st_mtime_ns for path in before}

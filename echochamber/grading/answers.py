@@ -169,7 +169,7 @@ class Equality:
 class Grader(Equality):
     """Grade completions: `with Grader() as grader: grades = grader.grade(completions, answers)`.
 
-    Raises `StudyError` if the sandbox or the LaTeX judge does not start."""
+    Raises `StudyError` if the sandbox or the comparison of LaTeX does not start."""
 
     def __init__(self, config: GraderConfig | None = None):
         super().__init__(config or GraderConfig())

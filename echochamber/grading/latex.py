@@ -76,7 +76,7 @@ class LatexWorker:
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if not self.process.stdout.readline():
             self.close()
-            raise StudyError("the LaTeX judge does not start; reinstall it with `pip install math-verify`")
+            raise StudyError("the comparison of LaTeX does not start; reinstall it with `pip install math-verify`")
 
     def close(self):
         "Kill the process, if there is one."

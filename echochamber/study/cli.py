@@ -129,11 +129,13 @@ def reproduce(
     chosen = reproduction.choose_figures(figures)
     runs = reproduction.runs_of_figures(chosen, preset, seeds)
     say(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {reproduction.cost_line(runs, preset)}",
-        *reproduction.seeds_given_up(chosen, preset, seeds, ship))
+        *(reproduction.seeds_given_up(chosen, preset, seeds) if ship else []))
     if dry_run:
         say(*reproduction.run_lines(runs, preset))
     else:
-        lines = reproduction.reproduce(chosen, preset, seeds, ship, workers, scheduler, slurm, redo, console)
+        action = reproduction.ship if ship else reproduction.reproduce
+        lines = action(chosen, preset, seeds, workers=workers, scheduler=scheduler, slurm=slurm, redo=redo,
+                       console=console)
         show_figures(lines, preset, ship)
 
 # %% ../../nbs/study/11_cli.ipynb #7ad9de7a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_COMPUTING', 'PACKAGES', 'program_text', 'imported_modules', 'reachable_sources', 'notebooks_folder',
-           'notebook_source', 'code_version', 'versions', 'git_revision', 'cores', 'hardware']
+           'notebook_source', 'code_version', 'versions', 'git_revision', 'cores', 'hardware', 'machine_name']
 
 # %% ../../nbs/study/00_fingerprint.ipynb #f1a0c004
 import ast
@@ -130,3 +130,10 @@ def hardware() -> dict:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
         "system": platform.platform(),
     }
+
+# %% ../../nbs/study/00_fingerprint.ipynb #86980df1
+def machine_name() -> str:
+    "A short name of this machine that a folder can have, `amd-epyc-2-cores` or `nvidia-h100-80gb-hbm3`."
+    found = hardware()
+    words = found["gpus"][0] if found["gpus"] else f"{found['processor']} {found['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

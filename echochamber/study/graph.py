@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plan', 'check', 'log_time', 'Job', 'missing_jobs', 'share_cores', 'visible_gpus', 'default_workers', 'place',
            'dask_client', 'slurm_cluster', 'submit_jobs', 'clock', 'share_done', 'how_far', 'Display', 'refresh',
-           'line_of', 'advance', 'run_jobs', 'raise_failures', 'execute']
+           'line_of', 'failure_sentence', 'raise_failures', 'submit', 'run_jobs', 'execute']
 
 # %% ../../nbs/study/07_graph.ipynb #840b82b0
 import contextlib
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ..core import StudyError
 from .execution import SESSION, THREADS, Task, launch, run_task
 from .fingerprint import cores
-from .runs import DeferredRun, Run, read_progress, require_intact
+from .runs import Run, read_progress, require_intact, require_outputs
 
 # %% ../../nbs/study/07_graph.ipynb #97e1f5c5
 def plan(runs: Iterable[Run]) -> list[Run]:
@@ -39,10 +39,10 @@ def plan(runs: Iterable[Run]) -> list[Run]:
 
 # %% ../../nbs/study/07_graph.ipynb #97a00003
 def check(runs: Sequence[Run], redo: bool = False) -> None:
-    "Raises `StudyError` if a finished run is damaged, or with `redo` deletes its folder."
+    "Raises `StudyError` if a finished run is damaged; deletes its folder instead with `redo`, and if it is a figure."
     for run in runs:
         if run.status == "corrupt":
-            shutil.rmtree(run.folder) if redo else require_intact(run.folder)
+            shutil.rmtree(run.folder) if redo or run.stage == "figure" else require_intact(run.folder)
 
 # %% ../../nbs/study/07_graph.ipynb #a20b3cfd
 def log_time(run: Run) -> int:
@@ -54,38 +54,38 @@ def log_time(run: Run) -> int:
 # %% ../../nbs/study/07_graph.ipynb #a20b0000
 @dataclass(eq=False)
 class Job:
-    "A run on its way. A figure's job has no `run` before its parents are done, and makes it then."
-    label: str
+    "A run on its way: what it builds on, how long it should take, and Dask's future for it."
+    run: Run
     expected: float  # [seconds]
-    run: Run | None = None
     parents: tuple["Job", ...] = ()
-    deferred: DeferredRun | None = None
     future: object = None
     old_log: int = 0
-    failure: Exception | None = None
-    done: bool = False
+
+    label = property(lambda self: f"{self.run.stage} {self.run.name}")
     ended = property(lambda self: self.status in ("done", "failed", "skipped"))
+    failure = property(lambda self: self.future.exception() if self.status == "failed" else None)
 
     @property
     def status(self) -> str:
         "waiting, running, done, failed or skipped."
-        if self.failure or self.done:
-            return "failed" if self.failure else "done"
-        if any(parent.status in ("failed", "skipped") for parent in self.parents):
-            return "skipped"
-        return "running" if self.future is not None and log_time(self.run) != self.old_log else "waiting"
+        match self.future and self.future.status:
+            case "finished":
+                return "done"
+            case "error":
+                return "failed" if all(parent.status == "done" for parent in self.parents) else "skipped"
+            case "pending" if log_time(self.run) != self.old_log:
+                return "running"
+        return "waiting"
 
 # %% ../../nbs/study/07_graph.ipynb #a1818c7e
-def missing_jobs(runs: Sequence[Run], figures: Sequence[DeferredRun], expected: Callable[[Run], float]) -> list[Job]:
-    "A job for every run that is not done and for every figure, parents first."
+def missing_jobs(runs: Sequence[Run], expected: Callable[[Run], float]) -> list[Job]:
+    "A job for every run that is not done, parents first."
     jobs: dict[str, Job] = {}
-    def among(parents: Sequence[Run]) -> tuple[Job, ...]:
-        return tuple(jobs[parent.reference] for parent in parents if parent.reference in jobs)
     for run in runs:
         if not run.done:
-            jobs[run.reference] = Job(f"{run.stage} {run.name}", expected(run), run, among(run.parents))
-    return [*jobs.values(), *(Job(figure.label, figure.expected, None, among(figure.parents), figure)
-                              for figure in figures)]
+            parents = tuple(jobs[parent.reference] for parent in run.parents if parent.reference in jobs)
+            jobs[run.reference] = Job(run, expected(run), parents)
+    return list(jobs.values())
 
 # %% ../../nbs/study/07_graph.ipynb #671bd058
 def share_cores(runs: Sequence[Run], workers: int, available: int) -> dict[str, int]:
@@ -145,7 +145,7 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
             raise StudyError(f"{scheduler}: no Dask scheduler answers there, for it is no address like "
                              "tcp://host:8786; give one, or leave --scheduler out")
         try:
-            client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
+            client = stack.enter_context(Client(scheduler, timeout=10, set_as_default=False))
         except (OSError, ValueError, OverflowError) as error:
             raise StudyError(f"{scheduler}: no Dask scheduler answers there ({error}); start one with `dask scheduler` "
                              "or leave --scheduler out") from None
@@ -194,7 +194,7 @@ def clock(seconds: float) -> str:
 
 def share_done(job: Job) -> float:
     "Share of a job that is behind, 0 to 1."
-    report = None if job.ended or job.run is None else read_progress(job.run.folder)
+    report = None if job.ended else read_progress(job.run.folder)
     return float(job.ended) if not report else report["done"] / report["total"] if report["total"] else 0.0
 
 
@@ -257,78 +257,63 @@ def line_of(display: Display, job: Job) -> str:
     took = f" in {clock(elapsed)}" if job.status == "done" and elapsed else ""
     return ", ".join(filter(None, [f"{job.label}: {job.status}{took}", how_far(job)])) + f" [{display.summary()}]"
 
-# %% ../../nbs/study/07_graph.ipynb #ad7a9ce1
-def advance(job: Job, submit: Callable[[Job], object]) -> None:
-    "Take a job one step further: name its run, submit it, or take note of its end."
-    built = all(parent.status == "done" for parent in job.parents)
-    try:
-        if job.run is None and built:
-            job.run = job.deferred.make()
-            check([job.run], redo=True)  # nothing is built on a figure
-            job.done = job.run.done
-        elif job.run and job.future is None:
-            job.old_log, job.future = log_time(job.run), submit(job)
-        elif job.run and built and job.future.done() and not job.future.cancelled():
-            job.failure = job.future.exception()
-            job.done = not job.failure
-        if job.done and job.deferred:
-            job.deferred.publish(job.run)
-    except (StudyError, OSError) as error:
-        job.failure = error
+# %% ../../nbs/study/07_graph.ipynb #ec89f0d6
+def failure_sentence(job: Job) -> str:
+    "Which run failed, and why, in one sentence."
+    message, kind = str(job.failure), type(job.failure)
+    reason = message if kind is StudyError else ": ".join([f"failed with {kind.__name__}", *message.splitlines()[:1]])
+    return f"{job.label}: {reason}"
+
+
+def raise_failures(jobs: Sequence[Job]) -> None:
+    "Raises all failures as one `StudyError`, which also says what was left out because of them."
+    failed = [failure_sentence(job) for job in jobs if job.status == "failed"]
+    skipped = sum(job.status == "skipped" for job in jobs)
+    if failed:
+        raise StudyError("\n".join(failed) + (f"\n{skipped} that build on this were not started." if skipped else ""))
 
 # %% ../../nbs/study/07_graph.ipynb #650a19b0
+def submit(job: Job, client, gpus: Sequence[str], threads: dict[str, int]) -> None:
+    "Hand a job to Dask, behind the jobs that it builds on."
+    task, parents = run_task(job.run, threads.get(job.run.stage)), [parent.future for parent in job.parents]
+    job.old_log = log_time(job.run)
+    job.future = client.submit(place, task, gpus, *parents, pure=False, priority=int(job.run.stage == "figure"))
+
+
 def run_jobs(jobs: Sequence[Job], client, gpus: Sequence[str] = (), threads: dict[str, int] | None = None,
              refresh: Callable[[], None] = lambda: None) -> None:
-    "Have all jobs executed by a Dask client, parents first. Raises `StudyError` if the scheduler is lost."
-    def submit(job: Job):
-        task = run_task(job.run, (threads or {}).get(job.run.stage))
-        return client.submit(place, task, gpus, *(parent.future for parent in job.parents), pure=False,
-                             priority=1 if job.deferred else 0)
+    "Have jobs, parents first, executed by a Dask client. Raises `StudyError` if some fail or the scheduler is lost."
     try:
-        while waiting := [job for job in jobs if not job.ended]:
-            for job in waiting:
-                advance(job, submit)
-            if client.status != "running" or any(job.future is not None and job.future.cancelled() for job in waiting):
+        for job in jobs:
+            submit(job, client, gpus, threads or {})
+        while not all(job.ended for job in jobs):
+            if client.status != "running" or any(job.future.status in ("cancelled", "lost") for job in jobs):
                 raise StudyError("the Dask scheduler is gone; start it again and run the same command, "
                                  "finished runs are kept")
             refresh()
             time.sleep(0.2)
         refresh()
+        raise_failures(jobs)
     finally:
         client.cancel([job.future for job in jobs if job.future is not None], force=True)
 
-# %% ../../nbs/study/07_graph.ipynb #ec89f0d6
-def raise_failures(jobs: Sequence[Job]) -> None:
-    "Raises all failures as one `StudyError`, which also says what was left out because of them."
-    def sentence(job: Job) -> str:
-        message, kind = str(job.failure), type(job.failure)
-        told = message if kind is StudyError else ": ".join([f"failed with {kind.__name__}", *message.splitlines()[:1]])
-        return f"{job.label}: {told}"
-    failed = [sentence(job) for job in jobs if job.failure]
-    skipped = sum(job.status == "skipped" for job in jobs)
-    if failed:
-        raise StudyError("\n".join(failed) + (f"\n{skipped} that build on this were not started." if skipped else ""))
-
 # %% ../../nbs/study/07_graph.ipynb #8717c724
-def execute(runs: Sequence[Run], figures: Sequence[DeferredRun] = (),
-            expected: Callable[[Run], float] = lambda run: 60.0,
-            workers: int | None = None, scheduler: str | None = None, slurm: Path | None = None,
-            redo: bool = False, console: Console | None = None) -> int:
-    "Compute what is missing of runs and figures; the number of jobs it took. Raises all failures as one `StudyError`."
-    runs = plan([*runs, *(parent for figure in figures for parent in figure.parents)])
-    check(runs, redo)
+def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 60.0, workers: int | None = None,
+            scheduler: str | None = None, slurm: Path | None = None, redo: bool = False,
+            console: Console | None = None) -> int:
+    """Compute what is missing of these runs and of what they build on; the number of jobs it took.
+
+    Raises `StudyError` if a finished run is damaged, or at the end all failures as one."""
+    check(runs := plan(runs), redo)
+    jobs = missing_jobs(runs, expected)
+    if not jobs:
+        return 0
+    require_outputs()
     workers, local = workers or default_workers(), not (scheduler or slurm)
-    jobs = missing_jobs(runs, figures, expected)
-    for job in jobs:
-        if job.run is None:
-            advance(job, submit=lambda job: None)  # a figure whose parents are done may be done itself
-    jobs = [job for job in jobs if not job.done]
-    if not all(job.ended for job in jobs):
-        display = Display(jobs, workers, console or Console())
-        threads = share_cores([*runs, *figures], workers, cores()) if local else {}
-        with dask_client(workers, scheduler, slurm) as client, display.bars:
-            if not local and not client.scheduler_info()["workers"]:
-                display.console.print("No worker has come yet; the runs start when one does.", highlight=False)
-            run_jobs(jobs, client, visible_gpus() if local else [], threads, lambda: refresh(display))
-    raise_failures(jobs)
+    display = Display(jobs, workers, console or Console())
+    threads = share_cores(runs, workers, cores()) if local else {}
+    with dask_client(workers, scheduler, slurm) as client, display.bars:
+        if not local and not client.scheduler_info()["workers"]:
+            display.console.print("No worker has come yet; the runs start when one does.", highlight=False)
+        run_jobs(jobs, client, visible_gpus() if local else [], threads, lambda: refresh(display))
     return len(jobs)

@@ -9,6 +9,7 @@ __all__ = ['section', 'report']
 from pathlib import Path
 
 from ..core import StudyError, outputs_folder
+from ..plots import counted
 from .figures import FIGURES, picture_file, read_json
 
 # %% ../../nbs/study/09_report.ipynb #2ead55c8
@@ -17,13 +18,13 @@ def section(file: Path, verdict: dict) -> str:
     ship, preset, name = file.parents[1].name == "results", file.parent.name, file.stem
     title = FIGURES[name].title if name in FIGURES else name
     picture = picture_file(name, preset, ship=ship).relative_to(outputs_folder()).as_posix()
-    holds = {True: "yes", False: "**no**"}
+    holds = {True: "yes", False: "**no**", None: "undecided"}
     rows = [f"| {one['prediction']} | {one['measured']} | {holds[one['holds']]} |" for one in verdict["predictions"]]
     where = "shipped with the repository" if ship else "computed here"
     return "\n".join([
         f"## {verdict['claim']}: {title}", "", verdict["line"], "", "| prediction | measured | holds |",
         "|---|---|---|", *rows, "", f"![{name}]({picture})", "",
-        f"Preset `{preset}`, {verdict['seeds']} seed(s), {where}."])
+        f"Preset `{preset}`, {counted(verdict['seeds'], 'seed')}, {where}."])
 
 
 def report() -> str:

@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['choose_figures', 'runs_of_figures', 'seconds_left', 'study_overview', 'cost_line', 'run_lines', 'seeds_given_up',
-           'run_of_config', 'deferred_figure', 'reproduce']
+           'run_of_config', 'reproduce', 'ship']
 
 # %% ../../nbs/study/10_reproduction.ipynb #5d1b4b8a
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
 from ..core import StudyError
 from .conditions import PRESETS, expected_seconds, find_preset
 from .figures import FIGURES, Figure, collect, figure_run, figure_runs, publish
-from .figures import read_json, table_file, verdict_file
+from .figures import read_json, redraw, table_file, verdict_file
 from .graph import clock, execute
-from .runs import DeferredRun, Run
+from .runs import Run
 from .stages import STAGES
 
 # %% ../../nbs/study/10_reproduction.ipynb #6c8da953
@@ -65,12 +64,11 @@ def run_lines(runs: Sequence[Run], preset: str) -> list[str]:
     return [f"  {run.reference}  {run.status}  {clock(expected_seconds(run, preset))}" for run in runs]
 
 # %% ../../nbs/study/10_reproduction.ipynb #2961e67f
-def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int, ship: bool = False) -> list[str]:
-    "A sentence for each condition whose tables rest on more seeds than are asked for now."
-    conditions = dict.fromkeys(condition for figure in figures for condition in figure.conditions)
+def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int) -> list[str]:
+    "A sentence for each condition whose shipped tables rest on more seeds than are asked for now."
     said = []
-    for condition in conditions:
-        file = table_file(condition, preset, ship=ship)
+    for condition in dict.fromkeys(condition for figure in figures for condition in figure.conditions):
+        file = table_file(condition, preset)
         if (there := len(read_json(file.with_suffix(".json")).get("seeds", ()))) > seeds:
             said.append(f"{file}: rests on {there} seeds and gives way to {seeds}; "
                         f"with --seeds {there} there are as many again")
@@ -84,23 +82,24 @@ def run_of_config(stage: str, name: str, file: Path) -> Run:
     return Run(stage, name, STAGES[stage].load(file))
 
 # %% ../../nbs/study/10_reproduction.ipynb #78911164
-def deferred_figure(figure: Figure, preset: str, seeds: int, ship: bool = False) -> DeferredRun:
-    "The node that collects the tables of a figure, draws it, and publishes picture and verdict."
-    def make() -> Run:
-        collect(figure, preset, seeds, ship)
-        return figure_run(figure, preset, ship)
-    evaluations = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
-    return DeferredRun(f"figure {figure.name}", make, evaluations, find_preset(preset).seconds["figure"],
-                       lambda run: publish(run, ship))
+def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, **options) -> dict[str, str]:
+    """Compute what is missing and draw the figures with the reader's seeds; the verdict line of each by its name.
+
+    `options` go to `execute`. What can be drawn is published even where other runs fail; then raises their
+    `StudyError`."""
+    drawings = [figure_run(figure, preset, range(seeds)) for figure in figures]
+    try:
+        execute(drawings, lambda run: expected_seconds(run, preset), **options)
+    finally:
+        lines = {drawing.config.figure: publish(drawing) for drawing in drawings if drawing.done}
+    return lines
 
 
-def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, ship: bool = False, workers: int | None = None,
-              scheduler: str | None = None, slurm: Path | None = None, redo: bool = False,
-              console: Console | None = None) -> dict[str, str]:
-    """Compute what is missing and draw the figures; the verdict line of each by its name.
+def ship(figures: Sequence[Figure], preset: str, seeds: int, **options) -> dict[str, str]:
+    """Compute what is missing, collect it into the tables that the repository ships, draw the figures from them.
 
-    Raises `StudyError` if a finished run is damaged (`redo` computes it again), or if runs fail."""
-    nodes = [deferred_figure(figure, preset, seeds, ship) for figure in figures]
-    execute(runs_of_figures(figures, preset, seeds), nodes, lambda run: expected_seconds(run, preset), workers,
-            scheduler, slurm, redo, console)
-    return {figure.name: read_json(verdict_file(figure.name, preset, ship)).get("line", "") for figure in figures}
+    `options` go to `execute`. Raises `StudyError` if a run fails; then nothing is collected."""
+    execute(runs_of_figures(figures, preset, seeds), lambda run: expected_seconds(run, preset), **options)
+    for figure in figures:
+        collect(figure, preset, seeds)
+    return redraw(preset, [figure.name for figure in figures])

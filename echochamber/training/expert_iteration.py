@@ -161,7 +161,7 @@ def train_expert_iteration(policy: Decoder, tokenizer: Tokenizer, questions: Seq
 
     `snapshots` count rounds, `report` hundredths of them: 0 is the base. Raises `StudyError` for a round without a
     correct completion, and for a `policy` that is not the one which `folder` was started with."""
-    def tell(round: int, percent: int, message: str) -> None:
+    def report_round(round: int, percent: int, message: str) -> None:
         if report:
             report(100 * (round - 1) + percent, 100 * config.rounds, f"round {round}, {message}")
 
@@ -171,7 +171,7 @@ def train_expert_iteration(policy: Decoder, tokenizer: Tokenizer, questions: Seq
     for round in range(config.rounds + 1):
         if round:
             place = Path(folder) / f"round-{round:02d}"
-            histories.append(run_round(policy, base, task, config, round, place, partial(tell, round)))
+            histories.append(run_round(policy, base, task, config, round, place, partial(report_round, round)))
         if snapshots:
             snapshots.reach(round)
     history = pd.concat(histories, ignore_index=True)
