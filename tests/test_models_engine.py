@@ -66,7 +66,8 @@ def test_a_thousand_rows_of_mixed_lengths_are_those_of_the_eager_path(device, te
 @given(st.integers(1, 14), st.integers(1, 5), st.integers(1, 50), st.integers(1, 60), st.sampled_from([1, 3, 16]),
        st.sampled_from([1, 8, 64]), st.booleans(), st.sampled_from([(0.0, 1.0), (0.7, 1.0), (1.0, 0.8)]), st.integers(0, 3))
 def test_any_split_and_any_bucket(prompts, samples, limit, batch_rows, segment, columns, exact, temper, model):
-    decoder, sampling = decoder_of(model), SamplingConfig(max_new_tokens=limit, temperature=temper[0], top_p=temper[1])
+    decoder = decoder_of(model).double()  # or rounding decides a draw, about once in ten million tokens
+    sampling = SamplingConfig(max_new_tokens=limit, temperature=temper[0], top_p=temper[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "SEGMENT", segment)
         patch.setattr(engine, "COLUMNS_PER_BUCKET", columns)

@@ -21,8 +21,10 @@ temperatures = st.sampled_from([0.0, 0.7, 1.0])
 
 
 def decoder_of(seed: int) -> Decoder:
+    """In double precision: matrix products round differently in batches of another size, and about once in ten million
+    tokens single precision lets that decide a draw. `make fuzz` found it."""
     torch.manual_seed(seed)
-    return Decoder(CONFIG).eval()
+    return Decoder(CONFIG).eval().double()
 
 
 @st.composite
