@@ -212,8 +212,9 @@ def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second:
              + (f" (all of the source: {amount(own.published)}, counted by others)" if pd.notna(own.published) else "")
              for name, own in costs.iterrows()]
     total, hours = costs.sum(), expected_hours(costs, workers, megabytes_per_second)
+    time = f"{amount(hours)} hours" if hours >= 1 else f"{amount(60 * hours)} minutes"
     return [*lines, f"together, estimated from the sizes of files: {amount(total.tokens)} tokens, {amount(total.disk)} "
-            f"bytes on the disk, {total.requests:,} requests, {amount(hours)} hours (processes: {workers}, network: "
+            f"bytes on the disk, {total.requests:,} requests, {time} (processes: {workers}, network: "
             f"{megabytes_per_second:g} MB/s)"]
 
 # %% ../../nbs/data/09_preparation.ipynb #71775dca
