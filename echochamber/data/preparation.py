@@ -204,7 +204,7 @@ def is_prepared(folder: Path, unit: Unit) -> bool:
 
 # %% ../../nbs/data/09_preparation.ipynb #3db206ff
 def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second: float = 100) -> list[str]:
-    "What is left of a plan will cost, line by line. Raises `StudyError` if the disk is too small for it."
+    "What the rest of a plan will cost, line by line. Raises `StudyError` if the disk is too small for it."
     costs = expected_costs(plan, [unit for unit in plan.units if not is_prepared(Path(folder), unit)])
     require_space(folder, costs)
     lines = [f"{name}: {plan.source(name).repository} at {plan.revisions[name][:12]}, {own.units:,} units to do, "
