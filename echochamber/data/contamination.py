@@ -88,4 +88,8 @@ def benchmark_questions(names: Sequence[str]) -> dict[str, list[str]]:
     "The questions of benchmarks by name. Raises `StudyError` for an unknown one, or one that cannot be read."
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise StudyError(f"unknown benchmark `{unknown[0]}`; choose from {', '.join(BENCHMARKS)}")
-    return {name: [question.question for question in load_benchmark(name)] for name in names}
+    try:
+        return {name: [question.question for question in load_benchmark(name)] for name in names}
+    except StudyError as error:
+        raise StudyError(f"{error}; for a corpus, name its file by ECHOCHAMBER_<NAME>, or leave it out of "
+                         "`benchmarks`") from None

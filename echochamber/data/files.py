@@ -120,8 +120,8 @@ def list_files(root: str, patterns: Sequence[str]) -> dict[str, int]:
         found |= {path.removeprefix(base).lstrip("/"): about["size"] for path, about in files.items()}
     return dict(sorted(found.items()))
 
-# %% ../../nbs/data/05_files.ipynb #40caf048
-BLOCK = 2**24  # bytes asked for at a time: a few thousand requests for a terabyte
+# %% ../../nbs/data/05_files.ipynb #63d4216d
+BLOCK = 2**24  # bytes asked for at a time: sixty requests for a gigabyte
 
 
 @contextlib.contextmanager

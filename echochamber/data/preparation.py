@@ -204,7 +204,7 @@ def is_prepared(folder: Path, unit: Unit) -> bool:
 
 # %% ../../nbs/data/09_preparation.ipynb #3db206ff
 def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second: float = 100) -> list[str]:
-    "What is left of a plan will cost, line by line. Raises `StudyError` if the disk is too small for it."
+    "What the rest of a plan will cost, line by line. Raises `StudyError` if the disk is too small for it."
     costs = expected_costs(plan, [unit for unit in plan.units if not is_prepared(Path(folder), unit)])
     require_space(folder, costs)
     lines = [f"{name}: {plan.source(name).repository} at {plan.revisions[name][:12]}, {own.units:,} units to do, "
@@ -212,8 +212,9 @@ def cost_lines(plan: Plan, folder: Path, workers: int = 1, megabytes_per_second:
              + (f" (all of the source: {amount(own.published)}, counted by others)" if pd.notna(own.published) else "")
              for name, own in costs.iterrows()]
     total, hours = costs.sum(), expected_hours(costs, workers, megabytes_per_second)
+    time = f"{amount(hours)} hours" if hours >= 1 else f"{amount(60 * hours)} minutes"
     return [*lines, f"together, estimated from the sizes of files: {amount(total.tokens)} tokens, {amount(total.disk)} "
-            f"bytes on the disk, {total.requests:,} requests, {amount(hours)} hours (processes: {workers}, network: "
+            f"bytes on the disk, {total.requests:,} requests, {time} (processes: {workers}, network: "
             f"{megabytes_per_second:g} MB/s)"]
 
 # %% ../../nbs/data/09_preparation.ipynb #71775dca
