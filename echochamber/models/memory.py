@@ -96,8 +96,9 @@ def cast_bytes(config: DecoderConfig, bf16: bool) -> int:
 def plan_pretraining(config: DecoderConfig, rows: int, bf16: bool, recompute: bool = False,
                      device: str = "cpu") -> dict[str, int]:
     "What pretraining holds at most, by part [bytes]. `rows`: of a micro-batch of one process, as long as the context."
+    activations = activation_bytes(config, rows, config.context, bf16, recompute, device)
     return trained_bytes(config.num_parameters) | {
-        "activations": activation_bytes(config, rows, config.context, bf16, recompute, device) + cast_bytes(config, bf16),
+        "activations": activations + cast_bytes(config, bf16),
         "logits": logit_bytes(config.vocab_size, rows * config.context)}
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00020
