@@ -175,7 +175,7 @@ def check_content(data: Path, data_hash: str) -> None:
         raise StudyError(f"{data}: its content is not what the config names (hash {found}, not {data_hash}); "
                          "restore the file, or state its new hash in `data_hash`")
 
-
+# %% ../../nbs/data/04_benchmarks.ipynb #e0b10010
 def load_benchmark(name: str, data: str | Path | None = None, limit: int | None = None, seed: int = 0,
                    problems: ProblemConfig | None = None, data_hash: str | None = None) -> list[Question]:
     """The questions of a benchmark.

@@ -77,7 +77,7 @@ def tokenizer_of(folder: Path, config: DecoderConfig) -> Tokenizer:
     largest = max(set(tokenizer.get_vocab().values()) - special, default=0)
     if largest >= config.vocab_size:
         raise StudyError(f"{folder}: this is the tokenizer of another model (it has a token {largest:,}, and the model "
-                         f"only {config.vocab_size:,} entries); put the tokenizer.json that the model was trained with there")
+                         f"only {config.vocab_size:,} entries); put the model's own tokenizer.json there")
     tokenizer.post_processor = None
     return tokenizer
 
@@ -105,7 +105,11 @@ def load_model(folder: str | Path, pickles: bool = False) -> tuple[Decoder, Toke
 
 # %% ../../nbs/models/02_checkpoints.ipynb #9ea4585f
 def export_to_transformers(folder: str | Path, destination: str | Path, pickles: bool = False) -> None:
-    "Write a checkpoint as a folder that `AutoModelForCausalLM`, `AutoTokenizer` and vLLM read."
+    """Write a checkpoint as a folder that `AutoModelForCausalLM`, `AutoTokenizer` and vLLM read.
+
+    `pickles`: read weights that are pickled. Raises `StudyError` if the destination is there already."""
+    if Path(destination).exists():
+        raise StudyError(f"{destination}: is there already; name another folder, or remove it")
     decoder, tokenizer = load_model(folder, pickles)
     with atomic_path(destination) as temporary:
         temporary.mkdir(parents=True)

@@ -65,7 +65,7 @@ def hub_name(text: str) -> bool:
     "Whether a text can be the name of a model on the Hub, `user/model` or `user/model@revision`."
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text, flags=re.ASCII)) and text[0] not in ".-"
 
-
+# %% ../../nbs/models/06_hub.ipynb #e0c00020
 def fetch_model(name: str, pickles: bool = False, client=None) -> Path:
     """The folder of a model from the Hub, fetched unless it is in the cache; `pickles`: take weights that are pickled.
 

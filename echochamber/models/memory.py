@@ -96,8 +96,9 @@ def cast_bytes(config: DecoderConfig, bf16: bool) -> int:
 def plan_pretraining(config: DecoderConfig, rows: int, bf16: bool, recompute: bool = False,
                      device: str = "cpu") -> dict[str, int]:
     "What pretraining holds at most, by part [bytes]. `rows`: of a micro-batch of one process, as long as the context."
+    activations = activation_bytes(config, rows, config.context, bf16, recompute, device)
     return trained_bytes(config.num_parameters) | {
-        "activations": activation_bytes(config, rows, config.context, bf16, recompute, device) + cast_bytes(config, bf16),
+        "activations": activations + cast_bytes(config, bf16),
         "logits": logit_bytes(config.vocab_size, rows * config.context)}
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00020
@@ -134,6 +135,7 @@ def free_memory(device: torch.device) -> int:
 def require_memory(what: str, plan: dict[str, int], free: int) -> None:
     "Raises `StudyError`, with the numbers and the mend, if a plan [bytes per part] does not fit into `free` bytes."
     if (total := sum(plan.values())) > free:
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.items() if size)
-        raise StudyError(f"{what} needs {total / 2**30:.1f} GiB ({parts}) and {free / 2**30:.1f} GiB are free; make the "
+        unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+        parts = ", ".join(f"{name} {part / size:.1f}" for name, part in plan.items() if part)
+        raise StudyError(f"{what} needs {total / size:.1f} {unit} ({parts}) and {free / size:.1f} {unit} are free; make the "
                          "micro-batch smaller, or keep fewer activations with `fit.recompute_activations`")

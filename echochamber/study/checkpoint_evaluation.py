@@ -25,9 +25,9 @@ from .stages import EvaluateConfig
 
 # %% ../../nbs/study/08_checkpoint_evaluation.ipynb #1c7e570d
 def find_checkpoint(folder: str | Path, pickles: bool = False) -> Path:
-    """The checkpoint meant by a folder: itself, or the last one of a finished run; or, if there is none, by a name on the
-    Hub, fetched. `pickles`: take weights that are pickled.
+    """The checkpoint meant by a folder: itself, or the last one of a finished run; by a name on the Hub if there is none.
 
+    `pickles`: fetch weights that are pickled.
     Raises `StudyError` for a run that is not finished, for a folder that is neither, and for what the Hub refuses."""
     if hub_name(str(folder)) and not Path(folder).exists():
         return fetch_model(str(folder), pickles).resolve()

@@ -318,7 +318,5 @@ def export(checkpoint: CheckpointOption, out: Annotated[Path, path_option("FOLDE
     Example: echochamber export --checkpoint outputs/runs/finetune/NAME --out my-model"""
     from echochamber.models.checkpoints import export_to_transformers
     from echochamber.study.checkpoint_evaluation import find_checkpoint
-    if out.exists():
-        raise StudyError(f"{out}: is there already; name another folder, or remove it")
     export_to_transformers(find_checkpoint(checkpoint, pickles), out, pickles)
     say(str(out))

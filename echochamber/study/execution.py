@@ -120,7 +120,7 @@ def free_port() -> int:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
-
+# %% ../../nbs/study/02_execution.ipynb #e0a00012
 def start_rank(task: Task, rank: int, port: int) -> subprocess.Popen:
     "Start a process that executes a task in a kernel of its own, as one of several."
     process = subprocess.Popen(

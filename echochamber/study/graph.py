@@ -113,8 +113,8 @@ def default_workers() -> int:
 def gpus_of(ranks: int, worker: int, gpus: Sequence[str]) -> list[str]:
     "The GPUs of a run with so many ranks on worker number `worker`. Raises `StudyError` for more ranks than GPUs."
     if ranks > len(gpus):
-        raise StudyError(f"the run has {ranks} processes, but there are {len(gpus)} GPUs to share out; set `processes` to "
-                         f"{len(gpus)} at most, or name more of them in CUDA_VISIBLE_DEVICES")
+        raise StudyError(f"the run has {ranks} processes, but there are {len(gpus)} GPUs to share out; "
+                         f"set `processes` to {len(gpus)} at most, or name more of them in CUDA_VISIBLE_DEVICES")
     return [gpus[(worker * ranks + rank) % len(gpus)] for rank in range(ranks)]
 
 # %% ../../nbs/study/07_graph.ipynb #a2e03752

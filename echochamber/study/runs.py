@@ -139,9 +139,8 @@ class Progress:
     "Reports how far a run is, at most once per second, and adds up the seconds of all attempts."
 
     def __init__(self, folder: Path, writes: bool = True):
-        self.writes = writes
         start = {"done": 0, "total": None, "unit": "", "message": "", "seconds": 0.0, "attempts": 0}
-        self.folder, self.facts, self.clock = folder, {}, time.monotonic()
+        self.folder, self.writes, self.facts, self.clock = folder, writes, {}, time.monotonic()
         self.last = start | (read_progress(folder) or {}) | {
             "pid": os.getpid(), "host": socket.gethostname(), "session": os.environ.get("ECHOCHAMBER_SESSION", "")}
         self.last["attempts"] += 1
