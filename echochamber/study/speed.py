@@ -28,7 +28,7 @@ from ..data.corpora import MIXTURES, MixtureConfig, build_corpus, corpus_hash
 from ..data.tokens import PackedData, pack_corpus, train_tokenizer
 from ..models.checkpoints import load_model, save_model
 from ..models.decoder import DECODERS, Decoder, DecoderConfig
-from ..plots import GREY, INK, PALE
+from ..plots import GREY, INK, PALE, counted
 from .fingerprint import git_revision, hardware, machine_name, versions
 from ..training.fitting import FitConfig, OptimiserConfig
 from ..training.pretraining import pretrain
@@ -65,7 +65,7 @@ def machine_line(device: torch.device, quick: bool = False) -> str:
     found, load = hardware(), os.getloadavg()[1]
     name = found["gpus"][0] if device.type == "cuda" else f"{found['processor']}, {found['cores']} cores"
     others = f"shared with other work (load {load:.1f})" if load > 0.5 else "quiet"
-    return (f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; {others} in the five minutes "
+    return (f"{name}, {counted(torch.get_num_threads(), 'thread')}, PyTorch {torch.__version__}; {others} in the five minutes "
             f"before" + ("; quick sizes: a trial, no measurement" if quick else ""))
 
 # %% ../../nbs/study/12_speed.ipynb #5bee0010
@@ -144,6 +144,7 @@ def stem(name: str) -> str:
 def top_operators(work: Callable[[], object], device: torch.device, count: int = 8) -> pd.Series:
     "Seconds of `work()` in the `count` operators that take most, in `other operators`, and in `none`."
     gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
         wall = seconds_of(work, device)
     kind, own = ((DeviceType.CUDA, "self_device_time_total") if gpu else (DeviceType.CPU, "self_cpu_time_total"))
