@@ -65,8 +65,8 @@ def machine_line(device: torch.device, quick: bool = False) -> str:
     found, load = hardware(), os.getloadavg()[1]
     name = found["gpus"][0] if device.type == "cuda" else f"{found['processor']}, {found['cores']} cores"
     others = f"shared with other work (load {load:.1f})" if load > 0.5 else "quiet"
-    return (f"{name}, {counted(torch.get_num_threads(), 'thread')}, PyTorch {torch.__version__}; {others} in the five minutes "
-            f"before" + ("; quick sizes: a trial, no measurement" if quick else ""))
+    return (f"{name}, {counted(torch.get_num_threads(), 'thread')}, PyTorch {torch.__version__}; {others} in the "
+            "five minutes before" + ("; quick sizes: a trial, no measurement" if quick else ""))
 
 # %% ../../nbs/study/12_speed.ipynb #5bee0010
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -142,7 +142,7 @@ def stem(name: str) -> str:
 
 
 def top_operators(work: Callable[[], object], device: torch.device, count: int = 8) -> pd.Series:
-    "Seconds of `work()` in the `count` operators that take most, in `other operators`, and in `none`."
+    "Seconds of `work()` in the `count` operators that take most, in `other operators`, and in `no operator`."
     gpu = device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
@@ -153,12 +153,12 @@ def top_operators(work: Callable[[], object], device: torch.device, count: int =
     found = pd.DataFrame(events, columns=["name", "seconds"]).groupby("name").seconds.sum()
     most = found.nlargest(count)
     return pd.concat([most, pd.Series({"other operators": found.sum() - most.sum(),
-                                       "none": max(0.0, wall - found.sum())})])
+                                       "no operator": max(0.0, wall - found.sum())})])
 
 
 def draw_operators(seconds: pd.Series, axes: Axes) -> None:
     "A bar per operator, as the share of all the time."
-    colors = [PALE if name in ("other operators", "none") else INK for name in seconds.index[::-1]]
+    colors = [PALE if name in ("other operators", "no operator") else INK for name in seconds.index[::-1]]
     axes.barh(seconds.index[::-1], 100 * seconds[::-1] / seconds.sum(), color=colors)
     axes.set(xlabel="share of the time [%]")
 
@@ -181,7 +181,7 @@ def draw_sweep(frame: pd.DataFrame, axes: Axes) -> None:
     ends = frame.factor.min(), frame.factor.max()
     axes.plot(ends, ends, color=GREY, linewidth=0.8, zorder=0, label="in proportion")
     axes.set_xscale("log", base=2), axes.set_yscale("log", base=2)
-    axes.set(xlabel="size, others unchanged", ylabel="seconds")
+    axes.set(xlabel="size, others unchanged", ylabel="seconds (1 is the base)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% ../../nbs/study/12_speed.ipynb #5bee0024
