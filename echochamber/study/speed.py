@@ -140,13 +140,14 @@ def stem(name: str) -> str:
     name = re.sub(r"^void |[<(].*", "", name.removeprefix("autograd::engine::evaluate_function: "))
     return name.split("::")[-1][:32]
 
-
+# %% ../../nbs/study/12_speed.ipynb #5bee0020
 def top_operators(work: Callable[[], object], device: torch.device, count: int = 8) -> pd.Series:
     "Seconds of `work()` in the `count` operators that take most, in `other operators`, and in `no operator`."
     gpu = device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
-        wall = seconds_of(work, device)
+    for _ in range(1 + gpu):  # the first profile of a GPU also starts its tracing
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as profiler:
+            wall = seconds_of(work, device)
     kind, own = ((DeviceType.CUDA, "self_device_time_total") if gpu else (DeviceType.CPU, "self_cpu_time_total"))
     events = [(stem(event.key), getattr(event, own) / 1e6) for event in profiler.key_averages()
               if event.device_type == kind]
@@ -162,7 +163,7 @@ def draw_operators(seconds: pd.Series, axes: Axes) -> None:
     axes.barh(seconds.index[::-1], 100 * seconds[::-1] / seconds.sum(), color=colors)
     axes.set(xlabel="share of the time [%]")
 
-# %% ../../nbs/study/12_speed.ipynb #5bee0021
+# %% ../../nbs/study/12_speed.ipynb #5bee0023
 def sweep(base: dict[str, int], factors: dict[str, Sequence[float]],
           cost: Callable[[dict[str, int]], float]) -> pd.DataFrame:
     "`cost(sizes)` of `base`, and with one size at a time multiplied → columns `what, factor, size, cost`."
@@ -184,7 +185,7 @@ def draw_sweep(frame: pd.DataFrame, axes: Axes) -> None:
     axes.set(xlabel="size, others unchanged", ylabel="seconds (1 is the base)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
-# %% ../../nbs/study/12_speed.ipynb #5bee0024
+# %% ../../nbs/study/12_speed.ipynb #5bee0026
 def benchmark_model(name: str, steps: int) -> tuple[Path, Decoder, Tokenizer]:
     "The decoder `name` of `DECODERS` after `steps` steps on three formats, with its folder and tokenizer; on the CPU."
     corpus = build_corpus(MixtureConfig(sources=MIXTURES["three-formats"](), tokens=400_000))
@@ -201,7 +202,7 @@ def benchmark_model(name: str, steps: int) -> tuple[Path, Decoder, Tokenizer]:
         save_model(folder, decoder.cpu(), tokenizer)
     return folder, *load_model(folder)
 
-# %% ../../nbs/study/12_speed.ipynb #5bee0027
+# %% ../../nbs/study/12_speed.ipynb #5bee0029
 def record(name: str, figures: dict, device: torch.device, quick: bool = False) -> Path:
     "Write the `figures` of a benchmark, with machine and versions, to `outputs/results/benchmarks` → the file."
     folder = outputs_folder() / ("benchmarks/quick" if quick else "results/benchmarks") / machine_name()
