@@ -5,13 +5,15 @@ READY := .venv/.ready
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help reproduce figures test fuzz lint sync notebooks unit lab readme export clean
+.PHONY: help reproduce figures test fuzz gpu lint sync notebooks unit lab readme export clean
 
 help:
 	@echo "make reproduce   pretrain, fine-tune, evaluate and draw the headline figure (ARGS='all --preset laptop --seeds 3')"
 	@echo "make figures     draw every figure again from the shipped results, without training"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
 	@echo "make fuzz        property tests on new random examples for FUZZ_MINUTES (20)"
+	@echo "make gpu         on a GPU, under nine minutes: tests marked cuda, the benchmarks, convergence at preset gpu as far as it"
+	@echo "                 comes (it resumes); results in outputs/ (DEVICE=cpu tries the same with tiny sizes, four minutes)"
 	@echo "make lab         open JupyterLab at nbs/index.ipynb, with the project's kernel"
 	@echo "make export      write echochamber/*.py and README.md from the notebooks"
 	@echo "make clean       remove the environment and what notebooks left behind (outputs/ stays)"
@@ -49,6 +51,29 @@ FUZZ_MINUTES ?= 20
 fuzz: $(READY)
 	@end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
 		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hypothesis --numprocesses 2 --exitfirst || exit 1; done
+
+# Each part gets what is left of GPU_SECONDS; a part that fails is named, and the others run. Executed notebooks are in
+# outputs/benchmarks, figures in outputs/results/benchmarks/<machine> (of a trial: outputs/benchmarks/quick).
+DEVICE ?= cuda
+ON_GPU := $(filter cuda,$(DEVICE))
+GPU_SECONDS ?= $(if $(ON_GPU),530,235)
+GPU_SIZES := $(if $(ON_GPU),-y '{sizes: {repetitions: 2}}',-p quick True)
+gpu: $(READY)
+	@end=$$(( $$(date +%s) + $(GPU_SECONDS) )); failed=; mkdir -p outputs/benchmarks; \
+	$(if $(ON_GPU),,export CUDA_VISIBLE_DEVICES=;) \
+	$(if $(ON_GPU),$(BIN)/python -c 'from echochamber.study.speed import use_device; use_device("cuda")' || exit 1;) \
+	part() { name=$$1; shift; left=$$(( end - $$(date +%s) )); echo "== $$name, $$left seconds left"; \
+		test $$left -gt 0 && timeout -s TERM -k 10 $$left "$$@" || failed="$$failed $$name"; }; \
+	notebook() { name=$$1; shift; part $$name $(BIN)/papermill nbs/benchmarks/$$name.ipynb \
+		outputs/benchmarks/$$name.ipynb --kernel python3 --cwd nbs/benchmarks --no-progress-bar "$$@"; }; \
+	part tests $(BIN)/python -m pytest -m cuda; \
+	notebook generation -p device $(DEVICE) $(GPU_SIZES); \
+	notebook pretraining -p device $(DEVICE) $(GPU_SIZES); \
+	notebook rl_step -p device $(DEVICE) $(GPU_SIZES); \
+	notebook grading $(if $(ON_GPU),-y '{sizes: {completions: 2000}}',-p quick True); \
+	part convergence $(BIN)/echochamber reproduce convergence --preset $(if $(ON_GPU),gpu,smoke); \
+	test -z "$$failed" || { echo "not finished:$$failed; the lines above say why, and convergence goes on where it was"; \
+		test "$$failed" = " convergence"; }
 
 # Served from here, because pictures lie in outputs/, and Jupyter shows nothing above its root. The environment's kernel
 # goes before one of the same name in the user's home. Root (of a container) has to be allowed.

@@ -38,7 +38,7 @@ def known_mixtures() -> list[str]:
 # %% ../../nbs/study/04_conditions.ipynb #1e377eb4
 class Condition(StrictConfig):
     "What differs from the preset; the fields that differ from their defaults are its name and the labels of its rows."
-    mixture: str = Field("three-formats", description="sources of pretraining, a key of `MIXTURES` or of the preset's corpus")
+    mixture: str = Field("three-formats", description="sources of pretraining, one of `known_mixtures`")
     decoder: str = Field("default", description="size of the model, a key of the preset's `decoders`")
     precision: Literal["default", "32-true", "bf16-mixed"] = Field("default", description="of pretraining")
     pretraining_seed: int | None = Field(None, ge=0, description="the one pretraining that all seeds start from; "

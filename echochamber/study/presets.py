@@ -168,7 +168,8 @@ PAPER_MIXTURES = {
 PAPER = Preset(
     machine="one H100 (estimated)", problems=ProblemConfig(), prompts="gsm8k-train", questions=7473,
     max_new_tokens=1024, corpus={"folder": "paper", "mixtures": PAPER_MIXTURES},
-    decoders={"default": DECODERS["150M"], "1B": DECODERS["1B"]},
+    decoders={name: DECODERS[size].model_copy(update={"end_token": 2})  # `</s>` of the Llama-2 tokenizer
+              for name, size in {"default": "150M", "1B": "1B"}.items()},
     pretraining={"batch_size": 512, "micro_batches": 32, "steps": 56_000, "learning_rate": 1e-3, "warmup": 5000,
                  "tokens": None, "snapshots": (14_000, 28_000, 42_000), "precision": "bf16-mixed"},
     rl={"prompts": 64, "samples": 8, "train_batch": 64, "steps": 9336, "learning_rate": 1e-6,
