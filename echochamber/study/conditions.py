@@ -65,8 +65,8 @@ class Condition(StrictConfig):
 
 # %% ../../nbs/study/04_conditions.ipynb #5b8d9ac5
 SECTIONS = {"problems": "pretrain", "corpus": "pretrain", "decoders": "pretrain", "pretraining": "pretrain",
-            "prompts": "finetune", "questions": "finetune", "max_new_tokens": "finetune", "rl": "finetune", "expert_iteration": "finetune",
-            "control": "finetune", "evaluation": "evaluate"}
+            "prompts": "finetune", "questions": "finetune", "max_new_tokens": "finetune", "rl": "finetune",
+            "expert_iteration": "finetune", "control": "finetune", "evaluation": "evaluate"}
 TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
 
 
