@@ -118,7 +118,7 @@ def real_prompts(benchmark: str) -> PromptsConfig:
 # %% ../../nbs/study/03_stages.ipynb #8a7cfd2f
 class FinetuneConfig(StrictConfig):
     "RL (or its supervised control) on a model: which prompts, which algorithm, which steps are kept for evaluation."
-    model: str = Field(description="reference of a run to start from, `pretrain/<name>-<hash>`, or a checkpoint's folder")
+    model: str = Field(description="run to start from, `pretrain/<name>-<hash>`, or the folder of a checkpoint")
     model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
     step: int | None = Field(None, ge=0, description="snapshot to start from [optimiser steps]; the last one if None")
     problems: ProblemConfig = Field(ProblemConfig(), description="what the prompts are drawn from, split `train`")
