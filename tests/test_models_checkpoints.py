@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 
 from echochamber.core import StudyError
 from echochamber.data.tokens import save_tokenizer, train_tokenizer
-from echochamber.models.checkpoints import begin_tokens, export_to_transformers, import_from_transformers, load_model, save_model
+from echochamber.models.checkpoints import (
+    begin_tokens,
+    export_to_transformers,
+    import_from_transformers,
+    load_model,
+    save_model,
+)
 from echochamber.models.decoder import DECODERS, Decoder, DecoderConfig
 from echochamber.models.generation import SamplingConfig, generate
 from echochamber.models.olmo import to_olmo_config

@@ -141,8 +141,8 @@ def find_weights(folder: Path, pickles: bool = False) -> list[Path]:
     if found := sorted(folder.glob("model*.safetensors")):
         return found
     if (found := sorted(folder.glob("pytorch_model*.bin"))) and not pickles:
-        raise StudyError(f"{found[0]}: these weights are a pickle, which can run code when it is read; if you trust where "
-                         "it comes from, convert it once with `echochamber export --pickles`")
+        raise StudyError(f"{found[0]}: these weights are a pickle, which can run code when it is read; if you trust "
+                         "where it comes from, convert it once with `echochamber export --pickles`")
     return found or [folder / WEIGHTS_FILE]
 
 # %% ../../nbs/models/02_checkpoints.ipynb #6fc0c2e7

@@ -76,8 +76,8 @@ def fetch_model(name: str, pickles: bool = False, client=None) -> Path:
         if not any(folder.glob("*.safetensors")):
             files = client.list_repo_files(model, revision=revision or None)
             if not pickles and any(file.endswith(".bin") for file in files):
-                raise StudyError(f"{name}: has its weights as pickles only, which can run code when they are read; if you "
-                                 f"trust them, convert them with `echochamber export --checkpoint {name} --pickles`")
+                raise StudyError(f"{name}: has its weights as pickles only, which can run code when they are read; if "
+                                 f"you trust them, convert them: `echochamber export --checkpoint {name} --pickles`")
             folder = Path(client.snapshot_download(model, revision=revision or None, allow_patterns=PLAIN + PICKLES))
     except REFUSALS as error:
         raise hub_refusal(name, error) from None

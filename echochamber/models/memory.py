@@ -137,5 +137,5 @@ def require_memory(what: str, plan: dict[str, int], free: int) -> None:
     if (total := sum(plan.values())) > free:
         unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
         parts = ", ".join(f"{name} {part / size:.1f}" for name, part in plan.items() if part)
-        raise StudyError(f"{what} needs {total / size:.1f} {unit} ({parts}) and {free / size:.1f} {unit} are free; make the "
-                         "micro-batch smaller, or keep fewer activations with `fit.recompute_activations`")
+        raise StudyError(f"{what} needs {total / size:.1f} {unit} ({parts}) and {free / size:.1f} {unit} are free; "
+                         "make the micro-batch smaller, or keep fewer activations with `fit.recompute_activations`")

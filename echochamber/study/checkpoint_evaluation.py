@@ -25,7 +25,7 @@ from .stages import EvaluateConfig
 
 # %% ../../nbs/study/08_checkpoint_evaluation.ipynb #1c7e570d
 def find_checkpoint(folder: str | Path, pickles: bool = False) -> Path:
-    """The checkpoint meant by a folder: itself, or the last one of a finished run; by a name on the Hub if there is none.
+    """The checkpoint meant by a folder (itself, or the last one of a finished run) or else by a name on the Hub.
 
     `pickles`: fetch weights that are pickled.
     Raises `StudyError` for a run that is not finished, for a folder that is neither, and for what the Hub refuses."""

@@ -119,7 +119,7 @@ class PromptsConfig(StrictConfig):
             raise ValueError(f"{self.benchmark} is no real set; choose from {', '.join(REAL)}")
         return self
 
-
+# %% ../../nbs/study/03_stages.ipynb #e0b20011
 def real_prompts(benchmark: str) -> PromptsConfig:
     "Prompts from a real set: from the file that the environment names for it, else from the Hub."
     file = local_file(benchmark)
@@ -128,7 +128,7 @@ def real_prompts(benchmark: str) -> PromptsConfig:
 # %% ../../nbs/study/03_stages.ipynb #8a7cfd2f
 class FinetuneConfig(StrictConfig):
     "RL (or its supervised control) on a model: which prompts, which algorithm, which steps are kept for evaluation."
-    model: str = Field(description="reference of the run to start from, `pretrain/<name>-<hash>`, or a checkpoint's folder")
+    model: str = Field(description="run to start from, `pretrain/<name>-<hash>`, or the folder of a checkpoint")
     model_hash: str | None = Field(None, description="content hash of the checkpoint, where `model` is a folder of one")
     step: int | None = Field(None, ge=0, description="snapshot to start from [optimiser steps]; the last one if None")
     problems: ProblemConfig = Field(ProblemConfig(), description="what the prompts are drawn from, split `train`")
@@ -136,10 +136,8 @@ class FinetuneConfig(StrictConfig):
     questions: int = Field(gt=0, description="number of training prompts; one pass over them is an episode")
     algorithm: Algorithm = Field(description="the algorithm; its `kind` says which loop trains it")
     solutions: tuple[SourceConfig, ...] = Field((), description="sources whose solutions a supervised run imitates")
-    snapshots: tuple[int, ...] = Field((), description="optimiser steps (rounds, for Expert Iteration) whose model is "
-                                                       "kept, 0 is the start; empty for a logarithmic grid")
+    snapshots: tuple[int, ...] = Field((), description="steps (rounds) whose model is kept; empty: a logarithmic grid")
     seed: int = Field(0, ge=0, description="seed of the prompts")
-
     fill_in = model_validator(mode="before")(with_hashes)
     processes = property(lambda self: processes_of(self.algorithm))
     total_steps = property(lambda self: steps_of(self.algorithm, self.questions))
