@@ -165,6 +165,8 @@ PAPER_MIXTURES = {
     "tinygsm-omi2": paper_mixture(tinygsm=1, omi2=1), "omi2-metamath": paper_mixture(omi2=1, metamath=1),
     **{f"tinygsm-{times}x": paper_mixture(tinygsm=times) for times in (1, 2, 4, 8)},
     **{f"tinygsm-omi1-{times}x": paper_mixture(tinygsm=1, omi1=times) for times in (1, 2, 4, 8)}}
+
+# %% ../../nbs/study/04_presets.ipynb #b6d9fbab
 PAPER = Preset(
     machine="one H100 (estimated)", problems=ProblemConfig(), prompts="gsm8k-train", questions=7473,
     max_new_tokens=1024, corpus={"folder": "paper", "mixtures": PAPER_MIXTURES},
