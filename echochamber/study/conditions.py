@@ -154,8 +154,9 @@ def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     optimiser = OptimiserConfig(learning_rate=told.learning_rate, warmup=told.warmup, horizon=told.steps)
     fit = FitConfig(optimiser=optimiser, steps=told.steps, accumulate=told.micro_batches, precision=precision,
                     checkpoint_every=min(500, max(10, told.steps // 15)))
-    config = PretrainConfig(mixture=mixture_of(scale, condition.mixture, seed), decoder=scale.decoders[condition.decoder],
-                            batch_size=told.batch_size, snapshots=told.snapshots, seed=seed, fit=fit)
+    config = PretrainConfig(
+        mixture=mixture_of(scale, condition.mixture, seed), decoder=scale.decoders[condition.decoder],
+        batch_size=told.batch_size, snapshots=told.snapshots, seed=seed, fit=fit)
     name = [condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]
     return Run("pretrain", "-".join(name), config)
 
