@@ -144,7 +144,7 @@ def mixture_of(scale: Preset, name: str, seed: int) -> MixtureConfig | PreparedM
     return PreparedMixtureConfig(corpus=scale.corpus.folder, corpus_hash=found, sources=known[name],
                                  tokens=scale.pretraining.tokens, seed=seed)
 
-
+# %% ../../nbs/study/05_conditions.ipynb #b5703b86
 def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     "Pretraining of a condition. Raises `StudyError` for a size or a mixture that the preset does not have."
     if condition.decoder not in scale.decoders:
