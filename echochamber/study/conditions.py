@@ -167,7 +167,8 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
         told = scale.rl
         sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
                      train_batch=told.train_batch, micro_batch=told.micro_batch, max_new_tokens=scale.max_new_tokens,
-                     temperature=told.temperature, learning_rate=told.learning_rate, precision=told.precision, seed=seed)
+                     temperature=told.temperature, learning_rate=told.learning_rate, precision=told.precision,
+                     seed=seed)
         if condition.algorithm == "grpo":
             return grpo_config(told.steps, **sizes)
         return ppo_config(told.steps, critic=CriticConfig(learning_rate=told.critic_learning_rate), **sizes)
