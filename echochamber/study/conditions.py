@@ -192,7 +192,8 @@ def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) 
                          "leave algorithm `sft` out, or choose a preset with generated sources")
     config = FinetuneConfig(
         model=parent.reference, step=start, problems=scale.problems, questions=scale.questions,
-        prompts=real_prompts(scale.prompts) if scale.prompts else None, algorithm=algorithm_of(scale, condition, seed), seed=seed,
+        prompts=real_prompts(scale.prompts) if scale.prompts else None, seed=seed,
+        algorithm=algorithm_of(scale, condition, seed),
         solutions=parent.config.mixture.sources if condition.algorithm == "sft" else ())
     own = {"expert_iteration": tuple(range(1, config.total_steps + 1)), "sft": (config.total_steps,)}
     config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.snapshots)})
