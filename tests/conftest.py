@@ -29,7 +29,7 @@ REAL_FILES = {variable: os.environ.get(variable) for variable in (
 
 @pytest.fixture(autouse=True)
 def no_local_benchmarks(monkeypatch):
-    for variable in REAL_FILES:
+    for variable in (*REAL_FILES, "ECHOCHAMBER_HUB"):
         monkeypatch.delenv(variable, raising=False)
 
 
