@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import REAL_FILES
 from miniatures import WRITERS, miniature_config, write_mirror
 from test_study_scheduler import Cluster
 
@@ -95,22 +96,24 @@ def evaluate(place: Path, tuned: Path, **benchmark) -> pd.DataFrame:
     return pd.read_parquet(folder / "evaluation.parquet")
 
 
-def test_what_was_prepared_is_pretrained_on_tuned_and_evaluated(place, corpus, pretrained):
+def test_what_was_prepared_is_pretrained_on(corpus, pretrained):
     losses = pd.read_parquet(pretrained / "held_out.parquet")
     assert set(losses.source) <= set(read_manifest(corpus).source) and losses.loss.between(1, 10).all() and len(losses) > 3
     decoder, tokenizer = load_model(pretrained / "checkpoints/step-000008")
     assert decoder.config.end_token == 2 and 1 not in tokenizer.encode("How many?").ids, "no beginning of text in prompts"
-    assert len(evaluate(place, tune(place, pretrained))) == 4 * 3
 
 
-def test_real_prompts_and_real_questions_go_the_same_way(place, pretrained, real_file):
-    "GSM8K's training set as prompts of RL; GSM8K, MATH-500 and AIME 2024 as evaluations."
-    prompts = {"prompts": {"benchmark": "gsm8k-train", "data": str(real_file("gsm8k_train"))}}
-    tuned = tune(place, pretrained, **prompts)
-    config = json.loads((tuned / "config.json").read_text())
-    assert config["prompts"]["data_hash"], "another file would be another run"
-    for name in ("gsm8k", "math500", "aime24"):
-        evaluation = evaluate(place, tuned, benchmark=name, data=str(real_file(name)))
-        rows = map(json.loads, real_file(name).read_text(encoding="utf-8").splitlines())
+def test_it_is_tuned_and_evaluated(place, pretrained):
+    """On GSM8K's training set as prompts of RL, and GSM8K, MATH-500 and AIME 2024 as evaluations, where the environment
+    names files of them; else on the generator's problems."""
+    train, *tests = (REAL_FILES[f"ECHOCHAMBER_{name}"] for name in ("GSM8K_TRAIN", "GSM8K", "MATH500", "AIME24"))
+    tuned = tune(place, pretrained, **({"prompts": {"benchmark": "gsm8k-train", "data": train}} if train else {}))
+    if train:
+        assert json.loads((tuned / "config.json").read_text())["prompts"]["data_hash"], "another file is another run"
+    real = {name: file for name, file in zip(("gsm8k", "math500", "aime24"), tests, strict=True) if file}
+    for name, file in real.items():
+        evaluation = evaluate(place, tuned, benchmark=name, data=file)
+        rows = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())
         known = {value.strip() for row in rows for value in row.values() if isinstance(value, str)}
         assert len(evaluation) == 4 * 3 and set(evaluation.question.str.strip()) <= known
+    assert real or len(evaluate(place, tuned)) == 4 * 3

@@ -73,7 +73,9 @@ class Job:
                 return "done"
             case "error":
                 return "failed" if all(parent.status == "done" for parent in self.parents) else "skipped"
-            case "pending" if log_time(self.run) != self.old_log:
+            case "pending" | "lost" if (self.run.folder / "DONE").exists():  # the worker with its result has died
+                return "done"
+            case "pending" | "lost" if log_time(self.run) != self.old_log:
                 return "running"
         return "waiting"
 
@@ -295,7 +297,7 @@ def run_jobs(jobs: Sequence[Job], client, gpus: Sequence[str] = (), threads: dic
         for job in jobs:
             submit(job, client, gpus, threads or {})
         while not all(job.ended for job in jobs):
-            if client.status != "running" or any(job.future.status in ("cancelled", "lost") for job in jobs):
+            if client.status != "running" or any(job.future.status == "cancelled" for job in jobs):
                 raise StudyError("the Dask scheduler is gone; start it again and run the same command, "
                                  "finished runs are kept")
             refresh()
