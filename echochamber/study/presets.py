@@ -134,7 +134,7 @@ LAPTOP = Preset(
 
 # %% ../../nbs/study/04_presets.ipynb #67233caf
 GPU = Preset(
-    machine="one H100 (estimated)",
+    machine="one H100 (guessed)",
     problems=ProblemConfig(operations=(1, 5), operands=(2, 50), factors=(2, 12), largest_result=1000),
     questions=4096, max_new_tokens=256,
     decoders={name: DECODERS[size].model_copy(update={"context": 320})
@@ -180,7 +180,7 @@ PAPER = Preset(
                       "precision": "bf16-mixed"},
     control={"epochs": 2, "batch": 256, "learning_rate": 1e-4, "precision": "bf16-mixed"},
     evaluation={"questions": None, "samples": 64, "benchmarks": ("gsm8k",)},
-    seconds={"pretrain": 157_000, "grpo": 8000, "ppo": 12_000, "expert_iteration": 60_000, "sft": 1000,
+    seconds={"pretrain": 157_000, "grpo": 8000, "ppo": 12_000, "expert_iteration": 12_000, "sft": 1000,
              "evaluate": 10_000, "figure": 60})
 
 # %% ../../nbs/study/04_presets.ipynb #fcadfb82
