@@ -5,7 +5,7 @@ import pytest
 
 from echochamber.core import StudyError
 from echochamber.models.decoder import DECODERS
-from echochamber.study.conditions import Condition, condition_labels, expected_seconds, runs_of
+from echochamber.study.conditions import Condition, changed_preset, condition_labels, expected_seconds, runs_of
 from echochamber.study.figures import FIGURES, Figure, figure_runs
 from echochamber.study.presets import PRESETS, SMOKE
 
@@ -79,14 +79,43 @@ def test_no_preset_leaves_its_precision_to_the_machine():
 def test_names_follow_what_changes_the_run():
     "The same config reached by two conditions is one run; a change that reaches only the evaluation renames only that."
     default = [run.reference for run in runs_of(Condition(), "smoke", 0)]
-    same = Condition(pretraining_seed=0, precision="32-true", start_step=40, changes=(("rl.temperature", 1.0),))
+    same = Condition(pretraining_seed=0, precision="32-true", changes=(("rl.temperature", 1.0),))
     assert [run.reference for run in runs_of(same, "smoke", 0)] == default
     more = [run.reference for run in runs_of(Condition(changes=(("evaluation.samples", 4),)), "smoke", 0)]
     assert more[:2] == default[:2] and more[2] != default[2]
-    early = runs_of(Condition(start_step=20), "smoke", 0)
-    assert early[0].reference == default[0] and early[1].config.step == 20 and early[1].name == "grpo-step20-seed0"
+    early = runs_of(Condition(start=0.5), "smoke", 0)
+    assert early[0].reference == default[0] and early[1].config.step == 24 and early[1].name == "grpo-start0.5-seed0"
     two = runs_of(Condition(benchmarks=("mini-gsm", "mini-math")), "smoke", 0)
     assert [run.reference for run in two][:3] == default and two[3].name == "grpo-seed0-mini-math"
+
+
+def test_a_change_can_be_relative_to_the_preset():
+    "`x2` is twice the preset's number, at every scale, and stays a whole number where that is one."
+    changes = (("rl.steps", "x2"), ("pretraining.tokens", "x1.5"), ("rl.learning_rate", "x0.5"))
+    for preset in ("smoke", "laptop", "gpu"):
+        before, after = PRESETS[preset], changed_preset(PRESETS[preset], changes)
+        assert (after.rl.steps, after.pretraining.tokens) == (2 * before.rl.steps, 1.5 * before.pretraining.tokens)
+        assert after.rl.learning_rate == before.rl.learning_rate / 2
+    assert changed_preset(PRESETS["laptop"], (("rl.temperature", "x1"),)) == PRESETS["laptop"]
+
+
+def test_a_supervised_stage_lies_between_pretraining_and_rl():
+    "It is the control's own run, from the same snapshot; changes of RL do not rename it."
+    condition = Condition(supervised_first=True, start=0.5, changes=(("rl.learning_rate", "x2"),))
+    start, first, tuned, evaluated = runs_of(condition, "smoke", 3)
+    assert first.reference == runs_of(Condition(algorithm="sft", start=0.5), "smoke", 3)[1].reference
+    assert (first.config.step, first.config.model) == (24, start.reference) and first.parents == (start,)
+    assert (tuned.config.step, tuned.config.model) == (None, first.reference) and tuned.parents == (first,)
+    assert tuned.config.algorithm.kind == "on_policy" and evaluated.config.model == tuned.reference
+
+
+def test_checkpoints_and_operations_of_an_evaluation():
+    condition = Condition(checkpoints="ends", changes=(("evaluation.operations", (1, 4)), ("prompt_operations", (1, 1))))
+    pretraining, tuned, evaluated = (run.config for run in runs_of(condition, "smoke", 0))
+    assert tuned.snapshot_steps == (0, 2, 4) and evaluated.steps == (0, 4)
+    operations = [one.operations for one in (pretraining.mixture.sources[0].problems, tuned.problems, evaluated.problems)]
+    assert operations == [(1, 2), (1, 1), (1, 4)]
+    assert condition.name == "grpo-ends-evaluation.operations_1_4-prompt_operations_1_1", condition.name
 
 
 def test_labels_are_what_differs():
@@ -98,7 +127,8 @@ def test_labels_are_what_differs():
 @pytest.mark.parametrize("fields, word", [
     ({"changes": (("rl.temperatur", 0.7),)}, "rl.temperatur"), ({"changes": (("rl.steps", 0),)}, "rl.steps"),
     ({"changes": (("rl.steps.more", 1),)}, "rl.steps.more"), ({"changes": (("control.epochs", 2),)}, "control.epochs"),
-    ({"benchmarks": ("gsm9k",)}, "gsm9k"), ({"decoder": "huge"}, "huge"), ({"mixture": "x"}, "three-formats"), ({"start_step": 7}, "step 7"),
+    ({"benchmarks": ("gsm9k",)}, "gsm9k"), ({"decoder": "huge"}, "huge"), ({"mixture": "x"}, "three-formats"), ({"start": 0.3}, "0.3 of its steps; choose one of 0.0625, 0.125"),
+    ({"algorithm": "sft", "supervised_first": True}, "not before sft"),
 ])
 def test_a_wrong_condition_is_refused_with_its_place(fields, word):
     with pytest.raises(StudyError, match=word):

@@ -76,7 +76,7 @@ def training_frame(run: Run, labels: dict) -> pd.DataFrame:
     metrics = pd.read_parquet(run.folder / "metrics.parquet")
     timeless = metrics[[name for name in metrics if "second" not in name]]
     single = timeless.astype(dict.fromkeys(timeless.select_dtypes("float64"), "float32"))
-    return single.assign(stage=run.stage, **labels)
+    return single.assign(**{"stage": run.stage} | labels)
 
 # %% ../../nbs/study/06_figures.ipynb #b03d477d
 def read_json(file: Path) -> dict:
@@ -127,7 +127,8 @@ def labelled_runs(condition: Condition, preset: str, seeds: Sequence[int]) -> li
         for run in (family := runs_of(condition, preset, seed)):
             labels = condition_labels(condition) | {"seed": seed, "pretraining_seed": family[0].config.seed}
             own = {"seed": run.config.seed} if run.stage == "pretrain" else {}
-            found.setdefault(run.reference, (run, labels | own))
+            first = {"stage": "supervised"} if condition.supervised_first and run is family[1] else {}
+            found.setdefault(run.reference, (run, labels | own | first))
     return list(found.values())
 
 
