@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from typing import BinaryIO, NoReturn
 
+from .fingerprint import code_version
+
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50006
 PRELOADED = ("papermill", "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "torch._dynamo",
              "echochamber.grading.answers", "echochamber.study.figures", "echochamber.study.reading")
@@ -48,7 +50,7 @@ def serve() -> None:
         for file in files:
             os.close(file)
 
-
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50014
 def leave_after(action: Callable, *arguments, **options) -> NoReturn:
     "Do something, and end as Python does, but without taking apart the memory, all of which would be copied for it."
     status = 1
@@ -131,9 +133,11 @@ def become_kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     from ipykernel import kernelapp
     replace_environment(env)
     os.chdir(cwd)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    numpy.random.seed()
+    numpy.random.seed(), torch.default_generator.seed()
+    code_version.cache_clear()
     kernelapp.launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000e
