@@ -27,8 +27,9 @@ from typing import BinaryIO, NoReturn
 from .fingerprint import code_version
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50006
-PRELOADED = ("papermill", "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "torch._dynamo",
-             "echochamber.grading.answers", "echochamber.study.figures", "echochamber.study.reading")
+PRELOADED = ("papermill", "ipykernel.kernelapp", "ipykernel.debugger", "matplotlib.pyplot", "seaborn",
+             "torch._dynamo", "torch.utils.tensorboard", "echochamber.grading.answers", "echochamber.study.figures",
+             "echochamber.study.reading")
 BORN_WITH = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # the allocator of Arrow would start a thread
 
 
