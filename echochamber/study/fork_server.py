@@ -33,9 +33,11 @@ PRELOADED = ("papermill", "ipykernel.kernelapp", "ipykernel.debugger", "matplotl
 BORN_WITH = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # the allocator of Arrow would start a thread
 
 
-def serve() -> None:
+def serve(parent: int) -> None:
     "The fork server: import what notebooks import, then fork an executor for every message on standard input."
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the session
+    if os.getppid() != parent:
+        return  # it has ended before that
     sys.modules.setdefault("rfc3987_syntax", None)  # see `run_notebook`
     for name in PRELOADED:
         importlib.import_module(name)
@@ -172,7 +174,7 @@ def fork_server(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
     with ours:
         with theirs:
             server = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from echochamber.study.fork_server import serve; serve()"],
+                [sys.executable, "-P", "-c", f"from echochamber.study.fork_server import serve; serve({os.getpid()})"],
                 stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
                 env=plots | os.environ | environment | BORN_WITH)
         _servers.append(ours)
