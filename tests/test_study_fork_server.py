@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 from toy_study import ToyConfig, alive, family_at_the_gate, finished, start_session, wait_for, write_notebook
@@ -90,9 +91,11 @@ def test_a_forked_study_has_the_same_bits(place, monkeypatch):
         with fork_server(kernel_environment(threads=1)) if how == "forked" else contextlib.nullcontext():
             for run in runs_of(Condition(), "smoke", 0):
                 launch(run_task(run, threads=1))
-        found.append({path.relative_to(place / how): path.read_bytes() for suffix in ("parquet", "safetensors")
-                      for path in (place / how / "runs").rglob(f"*.{suffix}")})
-    assert len(found[0]) > 5 and found[0] == found[1]
+        tables = {path.relative_to(place / how): pd.read_parquet(path) for path in (place / how / "runs").rglob("*.parquet")}
+        found.append({path.relative_to(place / how): path.read_bytes() for path in (place / how / "runs").rglob("*.safetensors")}
+                     | {path: table[[name for name in table if "second" not in name]].to_json() for path, table in tables.items()})
+    assert {path.name for path in found[0]} >= {"model.safetensors", "metrics.parquet", "evaluation.parquet"}
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("victim", "sentence"), [

@@ -6,7 +6,7 @@
 __all__ = ['THREADS', 'SESSION', 'kernel_environment', 'module_path', 'Task', 'run_task', 'require_parameters', 'socket_home',
            'run_notebook', 'rank_environment', 'free_port', 'start_rank', 'rank_main', 'kill_tree', 'end_first_with',
            'failure_of_ranks', 'run_ranks', 'kind_and_message', 'execute_task', 'seal_run', 'kill_descendants',
-           'close_executor', 'new_log', 'start_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
+           'new_log', 'start_executor', 'close_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
 
 # %% ../../nbs/study/02_execution.ipynb #c9997b29
 import contextlib
@@ -240,17 +240,7 @@ def kill_descendants(family: str, leader: int) -> None:
                 process.kill()
         time.sleep(0.02)  # not psutil's wait: it would collect the exit status that belongs to their parent
 
-# %% ../../nbs/study/02_execution.ipynb #bd251b7b
-def close_executor(process: subprocess.Popen | ForkedExecutor, family: str) -> None:
-    "Let go of the lifeline, upon which an executor ends itself and its family; one that is past listening is ended."
-    process.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
-    if process.returncode != 0:
-        kill_descendants(family, process.pid)
-    process.wait()
-
-
+# %% ../../nbs/study/02_execution.ipynb #bd251c00
 def new_log(task: Task) -> BinaryIO:
     "A log of its own for every executor, even where another one still writes to the last."
     task.hidden("log").parent.mkdir(parents=True, exist_ok=True)
@@ -273,6 +263,16 @@ def start_executor(task: Task, environment: dict[str, str], log: BinaryIO,
     return process
 
 # %% ../../nbs/study/02_execution.ipynb #e6077a0e
+def close_executor(process: subprocess.Popen | ForkedExecutor, family: str) -> None:
+    "Let go of the lifeline, upon which an executor ends itself and its family; one that is past listening is ended."
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    if process.returncode != 0:
+        kill_descendants(family, process.pid)
+    process.wait()
+
+
 def end_with_parent(family: str) -> None:
     "Block until the parent is gone or hangs up, then end this process and everything it started."
     os.read(0, 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRELOADED', 'BORN_WITH', 'serve', 'leave_after', 'become_executor', 'replace_environment', 'ForkedKernel',
-           'fork_kernel', 'become_kernel', 'manager_of', 'fork_server', 'ForkedExecutor', 'fork_executor']
+           'fork_kernel', 'become_kernel', 'manager_of', 'ForkedExecutor', 'fork_server', 'fork_executor']
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50003
 import atexit
@@ -162,6 +162,27 @@ def manager_of(kernel: ForkedKernel) -> type:
 
     return ForkedKernelManager
 
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50012
+class ForkedExecutor:
+    "An executor forked by the server, as much like a `subprocess.Popen` as its session needs; `pid` is its guard's."
+
+    def __init__(self, pid: int, stdin: BinaryIO, status: BinaryIO):
+        self.pid, self.stdin, self.status, self.returncode = pid, stdin, status, None
+
+    def wait(self, timeout: float | None = None) -> int:
+        "Its exit status, as that of a Popen. Raises `TimeoutExpired` after `timeout` seconds."
+        if self.returncode is None:
+            if not wait([self.status], timeout):
+                raise subprocess.TimeoutExpired("executor", timeout)
+            self.returncode = int(self.status.readline() or -signal.SIGKILL)  # no word: its guard was killed
+            self.status.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        "Its exit status, or None while it lives."
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(timeout=0)
+
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50011
 _servers: list[socket.socket] = []  # of this process: at most one, unless it computes two studies at once
 
@@ -187,28 +208,7 @@ def fork_server(environment: dict[str, str]) -> Iterator[subprocess.Popen]:
             server.kill()
             server.wait()
 
-# %% ../../nbs/study/15_fork_server.ipynb #f0a50012
-class ForkedExecutor:
-    "An executor forked by the server, as much like a `subprocess.Popen` as its session needs; `pid` is its guard's."
-
-    def __init__(self, pid: int, stdin: BinaryIO, status: BinaryIO):
-        self.pid, self.stdin, self.status, self.returncode = pid, stdin, status, None
-
-    def wait(self, timeout: float | None = None) -> int:
-        "Its exit status, as that of a Popen. Raises `TimeoutExpired` after `timeout` seconds."
-        if self.returncode is None:
-            if not wait([self.status], timeout):
-                raise subprocess.TimeoutExpired("executor", timeout)
-            self.returncode = int(self.status.readline() or -signal.SIGKILL)  # no word: its guard was killed
-            self.status.close()
-        return self.returncode
-
-    def poll(self) -> int | None:
-        "Its exit status, or None while it lives."
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.wait(timeout=0)
-
-
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50020
 def fork_executor(log: BinaryIO, cancelled: Callable[[], bool] = lambda: False) -> ForkedExecutor | None:
     "Have an executor forked; None if there is no server, or it is gone, or still imports when this is cancelled."
     if not (server := next(iter(_servers), None)):
