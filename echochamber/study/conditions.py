@@ -236,7 +236,7 @@ def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) 
         algorithm=algorithm_of(scale, condition, seed),
         solutions=parent.config.mixture.sources if condition.algorithm == "sft" else ())
     own = {"expert_iteration": tuple(range(1, config.total_steps + 1)), "sft": (config.total_steps,)}
-    config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.snapshots)})
+    config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.kept)})
     run = Run("finetune", finetuning_name(condition, parent.config.seed, seed), config, parents=(parent,))
     return after_supervised(run, scale, condition, seed) if condition.supervised_first else run
 

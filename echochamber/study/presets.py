@@ -60,10 +60,17 @@ class RLPreset(StrictConfig):
     horizon: float = Field(1.0, ge=1, description="where the cosine of the learning rate ends, in lengths of the run")
     critic_learning_rate: float = Field(gt=0, description="peak, of PPO's critic")
     temperature: float = Field(gt=0, description="of rollouts")
-    snapshots: tuple[int, ...] = Field((), description="steps that are evaluated; empty: a logarithmic grid")
+    snapshots: tuple[int, ...] = Field((), description="steps whose model is kept, and the last one; empty: a "
+                                                       "logarithmic grid")
     precision: Precision = Field(description="of the arithmetic")
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        "Those of `snapshots` that a run of so many steps has, and its last step; empty for a logarithmic grid."
+        inside = {step for step in self.snapshots if step < self.steps} | {self.steps}
+        return tuple(sorted(inside)) if self.snapshots else ()
 
+# %% ../../nbs/study/04_presets.ipynb #86951b47
 class SupervisedPreset(StrictConfig):
     "Supervised fine-tuning at one scale: the control, and every round of Expert Iteration."
     epochs: int = Field(gt=0, description="passes over the examples")
