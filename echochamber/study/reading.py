@@ -6,8 +6,8 @@
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
            'read_shipped', 'read_own', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve', 'sweep',
            'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'format_sums', 'format_distance',
-           'chance_of_decline', 'drawdown', 'status_of', 'within', 'Verdict', 'verdict_line', 'write_verdict',
-           'own_seed_line', 'place_of']
+           'chance_of_decline', 'drawdown', 'status_of', 'within', 'all_within', 'Verdict', 'verdict_line',
+           'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -266,6 +266,12 @@ def within(row: pd.Series, margin: float) -> bool | None:
     if -margin <= row.low and row.high <= margin:
         return True
     return False if row.low > margin or row.high < -margin else None
+
+
+def all_within(rows: Sequence[pd.Series], margin: float) -> bool | None:
+    "Whether all changes are at most ±`margin`: no if one is not, yes if all are, else undecided (None)."
+    answers = [within(row, margin) for row in rows]
+    return False if False in answers else None if None in answers else True
 
 # %% ../../nbs/study/07_reading.ipynb #fcb9b668
 @dataclass(eq=False)
