@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ExpertIterationConfig', 'keep_correct', 'completions_behind', 'merge_statistics', 'Task', 'shard_questions',
-           'sample_shard', 'write_shard', 'read_shards', 'sample_round', 'run_round', 'train_expert_iteration']
+           'sample_shard', 'judge_shard', 'write_shard', 'read_shards', 'sample_round', 'run_round',
+           'train_expert_iteration']
 
 # %% ../../nbs/training/14_expert_iteration.ipynb #64d36ca6
 import math
@@ -23,10 +24,20 @@ from ..core import StrictConfig, StudyError, atomic_path, write_frame
 from ..data.benchmarks import Question
 from ..models.decoder import Decoder
 from ..models.generation import SamplingConfig
-from .diagnostics import rollout_statistics
+
+# %% ../../nbs/training/14_expert_iteration.ipynb #beb2ddd2
+from .diagnostics import rollout_statistics, verifier_statistics
 from .distributed import gather, world_size, compute_device, global_rank, run_on_all_ranks
 from .fitting import SnapshotCallback, check_initial_weights, resolve_precision
-from .rollouts import GradesCompletions, Rollouts, rollouts_frame, row_seeds, sample_and_grade
+from echochamber.training.rollouts import (
+    GradesCompletions,
+    Rollouts,
+    VerifierConfig,
+    rollouts_frame,
+    row_seeds,
+    sample_and_grade,
+    verify,
+)
 from .supervised import Example, SupervisedConfig, train_supervised
 
 # %% ../../nbs/training/14_expert_iteration.ipynb #9d348a40
@@ -39,17 +50,23 @@ class ExpertIterationConfig(StrictConfig):
     sampling: SamplingConfig = Field(SamplingConfig(max_new_tokens=1024, temperature=1.0, top_p=0.95),
                                      description="how to sample")
     supervised: SupervisedConfig = Field(SupervisedConfig(), description="how to fine-tune in each round")
+    verifier: VerifierConfig = Field(VerifierConfig(), description="how often what is kept is right; the grades stay")
+    ending: str = Field("", description="text that each kept completion gets before its end token")
     prompts: int = Field(64, gt=0, description="questions sampled at a time; what an interruption can lose")
     seed: int = Field(0, ge=0, description="seed of the samples")
 
 # %% ../../nbs/training/14_expert_iteration.ipynb #ccd45b3a
-def keep_correct(rollouts: Rollouts) -> list[Example]:
-    "The correct and complete completions, each once per question, in the order of sampling."
+def keep_correct(rollouts: Rollouts, given: torch.Tensor | None = None, ending: Sequence[int] = ()) -> list[Example]:
+    """The correct and complete completions, each once per question, in the order of sampling.
+
+    `given`: rewards [B, G] by a verifier, instead of the true ones; `ending`: tokens to set before each end token."""
     completions, samples, kept = rollouts.completions, len(rollouts.texts) // len(rollouts.prompts), {}
-    for row, grade in enumerate(rollouts.grades):
-        if grade.outcome == "correct" and completions.ended[row]:
-            written = completions.tokens[row, : completions.lengths[row]].tolist()
-            kept.setdefault((row // samples, tuple(written)), Example(rollouts.prompts[row // samples], written))
+    rewards = rollouts.rewards if given is None else given
+    for row, reward in enumerate(rewards.flatten().tolist()):
+        if reward and completions.ended[row]:
+            *written, end = completions.tokens[row, : completions.lengths[row]].tolist()
+            example = Example(rollouts.prompts[row // samples], [*written, *ending, end])
+            kept.setdefault((row // samples, tuple(written)), example)
     return list(kept.values())
 
 # %% ../../nbs/training/14_expert_iteration.ipynb #4e313755
@@ -97,13 +114,24 @@ def sample_shard(policy: Decoder, task: Task, config: ExpertIterationConfig, rou
                                 config.samples, config.sampling, task.grader, row_seeds(config.seed, round, chosen))
 
 # %% ../../nbs/training/14_expert_iteration.ipynb #778d92df
-def write_shard(rollouts: Rollouts, round: int, file: Path, shown: int) -> None:
-    "Leave what is kept of a shard in `file`, whole or not at all, and its first `shown` completions to read."
-    kept = [(example.prompt, example.completion) for example in keep_correct(rollouts)]
+def judge_shard(rollouts: Rollouts, task: Task, config: ExpertIterationConfig, round: int,
+                shard: int) -> tuple[list[Example], dict[str, float]]:
+    "What is kept of a shard, and its statistics."
+    given = verify(rollouts.rewards, config.verifier, config.seed, round, shard)  # [B, G]
+    told = verifier_statistics(given) if config.verifier.errs else {}
+    kept = keep_correct(rollouts, given, task.tokenizer.encode(config.ending).ids)
+    return kept, rollout_statistics(rollouts) | told
+
+
+def write_shard(rollouts: Rollouts, judged: tuple[list[Example], dict[str, float]], round: int, file: Path,
+                shown: int) -> None:
+    "Leave what is kept of a shard and its statistics in `file`, whole or not at all; `shown` completions to read."
+    kept, statistics = judged
     write_frame(file.parents[2] / "samples" / f"round-{round:02d}-{file.stem}.parquet",
                 rollouts_frame(rollouts, rollout=round).head(shown))
+    pairs = [(example.prompt, example.completion) for example in kept]
     with atomic_path(file) as temporary:
-        torch.save({"kept": kept, "statistics": rollout_statistics(rollouts), "rows": len(rollouts.texts)}, temporary)
+        torch.save({"kept": pairs, "statistics": statistics, "rows": len(rollouts.texts)}, temporary)
 
 
 def read_shards(files: Sequence[Path]) -> tuple[list[Example], dict[str, float]]:
@@ -122,7 +150,9 @@ def sample_round(policy: Decoder, task: Task, config: ExpertIterationConfig, rou
     def write_mine() -> None:
         for shard in range(global_rank(), shards, world_size()):
             if not files[shard].exists():
-                write_shard(sample_shard(policy, task, config, round, shard), round, files[shard], config.samples)
+                rollouts = sample_shard(policy, task, config, round, shard)
+                judged = judge_shard(rollouts, task, config, round, shard)
+                write_shard(rollouts, judged, round, files[shard], config.samples)
             report(shard + 1, shards)
 
     run_on_all_ranks(write_mine)
