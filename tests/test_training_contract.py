@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from echochamber.core import StudyError
+from echochamber.data.llama import as_read_here, train_llama_tokenizer
+from echochamber.data.tokens import train_tokenizer
 from echochamber.models.generation import SamplingConfig
 from echochamber.training import toy
 from echochamber.training.algorithms import ALGORITHMS as ON_POLICY
 from echochamber.training.algorithms import OnPolicyConfig
 from echochamber.training.critic import CriticConfig
 from echochamber.training.diagnostics import METRICS
-from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
+from echochamber.training.expert_iteration import ExpertIterationConfig, ending_tokens, train_expert_iteration
 from echochamber.training.policy import train_policy
 from echochamber.training.rollouts import VerifierConfig, verify
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
@@ -135,6 +137,21 @@ def test_every_definition_is_logged_by_somebody(signed, unpenalised, misled):
     logged.append(set(misled.history))
     assert set.union(*logged) - COUNTS == set(METRICS)
     assert all("step" in columns for columns in logged)
+
+
+# --- how an imitated completion ends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [train_tokenizer, lambda texts, size: as_read_here(train_llama_tokenizer(texts, size))])
+def test_an_ending_is_what_it_is_behind_a_text(tokenizer):
+    "A tokenizer of Llama-2's kind puts a space before a text, so that an ending encoded alone would have two."
+    texts = ["The number of miles is \\boxed{128}.", "def simple_math_problem():\n    return 18"] * 50
+    tokenizer = tokenizer(texts, 400)
+    for text in texts[:2]:
+        for ending in ("", " ", " so", "\n\n"):
+            assert tokenizer.decode(tokenizer.encode(text).ids + ending_tokens(ending, tokenizer)) == text + ending
+    with pytest.raises(StudyError, match="the ending '.' runs into the text before it; begin it with a space"):
+        ending_tokens(".", train_tokenizer(["so..."] * 100, 300))
 
 
 # --- a verifier that errs ---------------------------------------------------------------------------------------------
