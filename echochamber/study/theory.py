@@ -9,7 +9,7 @@ __all__ = ['DRIVES', 'GROWTHS', 'PENALTIES', 'RIVALS', 'Runs', 'Start', 'pool', 
            'start_of_completions', 'deviations', 'fit_time_scale', 'fit_gain', 'takes_all', 'nothing_changes', 'score',
            'score_table', 'score_totals']
 
-# %% ../../nbs/study/14_theory.ipynb #24397dc6
+# %% ../../nbs/study/14_theory.ipynb #aa59e4b4
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import comb
@@ -24,7 +24,7 @@ from .conditions import Condition, changed_preset
 from .figures import table_file
 from .presets import find_preset
 
-# %% ../../nbs/study/14_theory.ipynb #c0356f01
+# %% ../../nbs/study/14_theory.ipynb #4b8a3631
 @dataclass(frozen=True, eq=False)
 class Start:
     "Shares and accuracies [P, F] (or [F], one problem). Raises `StudyError` if they are none."
@@ -51,7 +51,7 @@ def pool(shares: np.ndarray, accuracies: np.ndarray) -> tuple[np.ndarray, np.nda
     right = (shares * accuracies).mean(0)
     return together, np.divide(right, together, out=np.full_like(right, np.nan), where=together > 0)
 
-# %% ../../nbs/study/14_theory.ipynb #2a072c93
+# %% ../../nbs/study/14_theory.ipynb #b16ff88d
 def log_tilt(reference: np.ndarray, exponent: np.ndarray) -> np.ndarray:
     "log(p / reference) of the tilt p ∝ reference · exp(exponent) over the last axis; finite where reference is 0."
     shifted = exponent - np.where(reference > 0, exponent, -np.inf).max(-1, keepdims=True)
@@ -63,7 +63,7 @@ def tilt(reference: np.ndarray, exponent: np.ndarray) -> np.ndarray:
     "Chances ∝ reference · exp(exponent) over the last axis, for exponents of any size."
     return reference * np.exp(log_tilt(reference, exponent))
 
-# %% ../../nbs/study/14_theory.ipynb #fcc8a51c
+# %% ../../nbs/study/14_theory.ipynb #554eefe4
 DRIVES = {  # what multiplies payoff minus mean payoff in the exponent of a format
     "replicator": lambda shares: 1.0,
     "softmax": lambda shares: shares,
@@ -79,7 +79,7 @@ PENALTIES = {  # cost of an outcome, given log(π/π_ref)
     "forward": lambda log_ratio: -np.exp(np.minimum(-log_ratio, 50.0)),  # bounded, for steps far too long
 }
 
-# %% ../../nbs/study/14_theory.ipynb #25f3f708
+# %% ../../nbs/study/14_theory.ipynb #63b30fe5
 @dataclass(frozen=True)
 class Law:
     "Which variant of the theory. Raises `StudyError` for one that is unknown."
@@ -99,7 +99,7 @@ class Law:
             if (name := getattr(self, field)) not in known:
                 raise StudyError(f"unknown {field} `{name}`; choose one of {', '.join(known)}")
 
-# %% ../../nbs/study/14_theory.ipynb #1b61fda9
+# %% ../../nbs/study/14_theory.ipynb #5e5904af
 def group_multiplier(pass_rate: np.ndarray, group: int) -> np.ndarray:
     "Length of GRPO's expected step relative to the gradient of the pass rate, for groups of so many; any shape."
     k = np.arange(1, group)
@@ -108,7 +108,7 @@ def group_multiplier(pass_rate: np.ndarray, group: int) -> np.ndarray:
     rate = np.asarray(pass_rate, float)[..., None]
     return (ways * rate ** (k - 1) * (1 - rate) ** (group - k - 1)).sum(-1)
 
-# %% ../../nbs/study/14_theory.ipynb #74b37a95
+# %% ../../nbs/study/14_theory.ipynb #426bdac1
 def skill_parts(accuracies: np.ndarray, skill: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Chances of right and wrong within each format after a tilt of `skill`, and their log ratios to before, [P, F, 2]."
     before = np.stack([accuracies, 1 - accuracies], -1)
@@ -127,7 +127,7 @@ def payoffs(start: Start, choice: np.ndarray, skill: np.ndarray, law: Law) -> tu
     cost = PENALTIES[law.penalty](moved[..., None] + answers_moved) if law.beta else 0.0
     return shares, answers, np.multiply.outer(scale, rewards) * np.ones_like(answers) - law.beta * cost
 
-# %% ../../nbs/study/14_theory.ipynb #75db554e
+# %% ../../nbs/study/14_theory.ipynb #4f6a44ca
 @dataclass(frozen=True)
 class TimeScale:
     "What a unit of learning rate is worth, in choosing formats and in growing accuracies; `rmse` of its fit."
@@ -152,7 +152,7 @@ class Path:
         rows = np.searchsorted(self.steps, steps)
         return Path(self.steps[rows], self.shares[rows], self.accuracies[rows])
 
-# %% ../../nbs/study/14_theory.ipynb #e6266117
+# %% ../../nbs/study/14_theory.ipynb #37042087
 def drives(start: Start, choice: np.ndarray, skill: np.ndarray, law: Law) -> tuple[np.ndarray, ...]:
     "Shares, accuracies, and what pushes the two exponents per unit of time, all [P, F]."
     shares, answers, worth = payoffs(start, choice, skill, law)
@@ -173,7 +173,7 @@ def predict(start: Start, learning_rates: Sequence[float], scale: TimeScale, law
         choice, skill = choice + scale.kappa * rate * chosen, skill + scale.lam * rate * learnt
     return Path(np.arange(len(passed)), *map(np.stack, zip(*passed, strict=True)))
 
-# %% ../../nbs/study/14_theory.ipynb #fbc7b1e9
+# %% ../../nbs/study/14_theory.ipynb #fee0934d
 def right_mass(pass_rate: np.ndarray, beta: float, penalty: str = "reverse") -> np.ndarray:
     "Pass rate of the optimum under a penalty, for 0/1 rewards and the pass rate before; any shape."
     if penalty == "reverse":
@@ -197,7 +197,7 @@ def frozen_optimum(start: Start, beta: float) -> np.ndarray:
     "Shares [P, F] of the best mixture under the reverse penalty if accuracies within formats cannot change."
     return tilt(start.shares, start.accuracies / beta)
 
-# %% ../../nbs/study/14_theory.ipynb #56b1c021
+# %% ../../nbs/study/14_theory.ipynb #a22b4d16
 def kept_samples(start: Start, samples: int | None = None, texts: float = 1.0) -> np.ndarray:
     """Right answers kept of each format per problem [P, F], in expectation and in proportion.
 
@@ -220,7 +220,7 @@ def generations(start: Start, rounds: int, gain: float = 0.0, samples: int | Non
         passed.append(pool(model.shares, model.accuracies))
     return Path(np.arange(rounds + 1), *map(np.stack, zip(*passed, strict=True)))
 
-# %% ../../nbs/study/14_theory.ipynb #5bd0aa58
+# %% ../../nbs/study/14_theory.ipynb #25f1f785
 @dataclass(frozen=True, eq=False)
 class MeasuredRun:
     "The schedule of a run, its measured path, and the rollouts behind each row of it."
@@ -249,7 +249,7 @@ def measured_run(rows: pd.DataFrame, rollouts: int) -> MeasuredRun:
                           for name in ("share", "accuracy"))
     return MeasuredRun(rows.learning_rate.to_numpy(float), Path(steps, shares, accuracies), rollouts)
 
-# %% ../../nbs/study/14_theory.ipynb #02419a9f
+# %% ../../nbs/study/14_theory.ipynb #44751b72
 def read_runs(condition: Condition, preset: str) -> dict[tuple[str, int], MeasuredRun]:
     "The shipped runs of a condition by (its name, seed). Raises `StudyError` if there is no table."
     file = table_file(condition, preset, "_training")
@@ -261,7 +261,7 @@ def read_runs(condition: Condition, preset: str) -> dict[tuple[str, int], Measur
     runs = rows[rows.stage == "finetune"].groupby("seed")
     return {(condition.name, int(seed)): measured_run(one.dropna(axis=1, how="all"), rollouts) for seed, one in runs}
 
-# %% ../../nbs/study/14_theory.ipynb #c104c4d0
+# %% ../../nbs/study/14_theory.ipynb #e22e7ad2
 def law_of(condition: Condition, preset: str, **variant) -> Law:
     "The law of a policy gradient's condition; `variant`: drive, growth and so on. Raises `StudyError` for others."
     samples = changed_preset(find_preset(preset), condition.changes).rl.samples
@@ -270,7 +270,7 @@ def law_of(condition: Condition, preset: str, **variant) -> Law:
         raise StudyError(f"{condition.algorithm} follows no policy gradient; `generations` is for Expert Iteration")
     return Law(**{**own[condition.algorithm], "beta": condition.kl_coefficient, **variant})
 
-# %% ../../nbs/study/14_theory.ipynb #dadb1c20
+# %% ../../nbs/study/14_theory.ipynb #09ec7840
 def start_of_completions(rows: pd.DataFrame, strength: float = 4.0) -> Start:
     "Shares and accuracies per problem [P, F] of sampled completions, shrunk towards all by so many samples."
     sampled = rows[rows["mode"] == "sampled"]
@@ -285,7 +285,7 @@ def start_of_completions(rows: pd.DataFrame, strength: float = 4.0) -> Start:
     return Start((written + strength * shares) / together, np.divide(
         right + strength * accuracies, known, out=np.broadcast_to(accuracies, right.shape).copy(), where=known > 0))
 
-# %% ../../nbs/study/14_theory.ipynb #7e5db7e6
+# %% ../../nbs/study/14_theory.ipynb #8ef2d2a0
 def deviations(run: MeasuredRun, start: Start, scale: TimeScale, law: Law, until: int) -> np.ndarray:
     "Predicted minus measured shares, and accuracies times the root of their share if they grow, before a step."
     measured = run.path.at(run.path.steps[run.path.steps < until])
@@ -297,7 +297,9 @@ def deviations(run: MeasuredRun, start: Start, scale: TimeScale, law: Law, until
 
 def fit_time_scale(runs: Sequence[MeasuredRun], law: Law = Law(), until: int = 60,
                    starts: Sequence[Start] | None = None) -> TimeScale:
-    "κ and λ by least squares over the first steps of runs; their own first batches, or `starts`, are where they start."
+    """κ and λ by least squares over the first steps of runs; they start where `starts` say, or their own first batches.
+
+    Raises `StudyError` if no format moves, by their start, whatever the constants."""
     starts = starts or [run.start() for run in runs]
     clock = runs[0].learning_rates[:until].sum()  # so that beginnings know no unit
     constants = lambda logs: TimeScale(*(np.exp(np.clip(logs, -9, 9)) / clock))
@@ -312,7 +314,7 @@ def fit_time_scale(runs: Sequence[MeasuredRun], law: Law = Law(), until: int = 6
               for run, start in zip(runs, starts, strict=True)]
     return replace(scale, rmse=float(np.sqrt(np.square(np.concatenate(shares)).mean())))
 
-# %% ../../nbs/study/14_theory.ipynb #1c8559f1
+# %% ../../nbs/study/14_theory.ipynb #d34558f5
 def fit_gain(runs: Sequence[MeasuredRun]) -> float:
     "The `gain` of `generations` [nats per round], by least squares over shares and accuracies of all rounds."
     def distance(gain: np.ndarray) -> np.ndarray:
@@ -324,7 +326,7 @@ def fit_gain(runs: Sequence[MeasuredRun]) -> float:
         return np.concatenate(parts)
     return float(least_squares(distance, [0.5], bounds=(-5, 20)).x[0])
 
-# %% ../../nbs/study/14_theory.ipynb #c930f94a
+# %% ../../nbs/study/14_theory.ipynb #3e3c6af9
 def takes_all(start: Start, steps: int, format: int) -> Path:
     "The path of a guess: from the first step on everything is in one format."
     shares, accuracies = pool(start.shares, start.accuracies)
@@ -344,7 +346,7 @@ RIVALS = {
         start, steps, int(np.nanargmax(pool(start.shares, start.accuracies)[1]))),
 }
 
-# %% ../../nbs/study/14_theory.ipynb #c3587189
+# %% ../../nbs/study/14_theory.ipynb #1e8eacf2
 Runs = dict[tuple[str, int], MeasuredRun]  # by condition and seed
 
 
