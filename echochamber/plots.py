@@ -170,7 +170,8 @@ def describe(figure: Figure) -> str:
         legend = axes.get_legend()
         names = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
         shown = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
-        said.append(": ".join(filter(None, (axes.get_title("left") or axes.get_title(), shown))) + f" ({names})" * bool(names))
+        heading = axes.get_title("left") or axes.get_title()
+        said.append(": ".join(filter(None, (heading, shown))) + f" ({names})" * bool(names))
     return ". ".join(filter(None, [*said, figure.get_supxlabel()]))
 
 

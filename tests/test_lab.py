@@ -57,7 +57,7 @@ def pictures_of(path: Path) -> int:
     return prose + sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
 
 
-def look(page: Page, url: str, pictures: int) -> tuple[str, list]:
+def look(page: Page, url: str, pictures: int) -> tuple[str, list]:  # noqa: F811
     "Open an address; the name of the kernel shown beside the notebook, and its pictures, once they all are there."
     page.send("Page.navigate", url=url)
     until(lambda: len(page.value(PICTURES) or ()) >= pictures and all(done for done, *_ in page.value(PICTURES)))

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core import StudyError, outputs_folder, write_frame, write_text
+from ..core import StudyError, write_frame
 
 if TYPE_CHECKING:
     from echochamber.data.preparation import CorpusConfig

@@ -51,10 +51,10 @@ def capitalised(sentence: str) -> str:
     "A sentence that begins with a capital letter; the others stay as they are."
     return sentence[:1].upper() + sentence[1:]
 
-
+# %% ../../nbs/study/10_report.ipynb #9e0c0003
 def findings(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
-    """A row per figure that is published: `figure`, `claim`, `title`, `verdict`, what was `found` in a sentence, and how
-    many predictions `held`, as `3 of 5`. Raises `StudyError` as `verdicts` does."""
+    """A row per figure that is published: `figure`, `claim`, `title`, `verdict`, what was `found` in a sentence, and
+    how many predictions `held`, as `3 of 5`. Raises `StudyError` as `verdicts` does."""
     rows = []
     for name, verdict in verdicts(preset, ship).items():
         answers = [one["holds"] for one in verdict["predictions"]]
@@ -63,14 +63,14 @@ def findings(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
                      "held": f"{answers.count(True)} of {len(answers)}"})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0006
+# %% ../../nbs/study/10_report.ipynb #9e0c0007
 def not_as_predicted(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
     "Every prediction that does not hold or is undecided: `claim`, `prediction`, `measured`, `holds` (False or None)."
     rows = [{"claim": verdict["claim"]} | one for verdict in verdicts(preset, ship).values()
             for one in verdict["predictions"] if one["holds"] is not True]
     return pd.DataFrame(rows, columns=["claim", "prediction", "measured", "holds"])
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0009
+# %% ../../nbs/study/10_report.ipynb #9e0c0010
 def evidence(figure: Figure, preset: str) -> pd.DataFrame:
     "What the shipped tables of a figure rest on, a row per condition: seeds, code, machine, and what its runs cost."
     rows = []
@@ -85,7 +85,7 @@ def evidence(figure: Figure, preset: str) -> pd.DataFrame:
                 "note": told.get("note", "")})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/study/10_report.ipynb #9e0c0011
 def cost_sentence(figure: Figure, preset: str) -> str:
     "What a figure cost as it is shipped, each run counted once, and what a seed of the reader's own will take."
     files = [table_file(condition, preset, "_costs") for condition in figure.conditions]
@@ -101,7 +101,7 @@ def cost_sentence(figure: Figure, preset: str) -> str:
         said.append(f"One seed takes about {time} on {find_preset(preset).machine}.")
     return " ".join(said)
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0012
+# %% ../../nbs/study/10_report.ipynb #9e0c0014
 class Prose(mistune.HTMLRenderer):
     "Markdown of a notebook in `folder` of `nbs/` as HTML below a heading; HTML within it is text."
 
@@ -122,7 +122,7 @@ def link_to(notebook: str, base: str) -> str:
     "Where a notebook is, seen from the page: below `base`, or if that is empty the page of the notebook."
     return f"{base}/{notebook}" if base else notebook.replace(".ipynb", ".html")
 
-
+# %% ../../nbs/study/10_report.ipynb #9e0c0015
 def to_html(markdown: str, folder: str, base: str) -> str:
     "HTML of Markdown that stands in `folder` of `nbs/`."
     return Markup(mistune.create_markdown(renderer=Prose(folder, base), plugins=["table"])(markdown))
@@ -137,9 +137,11 @@ def argument(name: str, base: str) -> tuple[str, str]:
     last = next((place for place, part in enumerate(parts) if "<strong>What would refute" in part), len(parts) - 1)
     return Markup("".join(parts[: last + 1])), Markup("".join(parts[last + 1 :]))
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0015
+# %% ../../nbs/study/10_report.ipynb #9e0c0018
 def picture(name: str, preset: str, ship: bool = True) -> dict[str, str]:
-    "The picture of a figure as it is put into a page, `source`, and what it shows in words, `alt`."
+    """The picture of a figure as it is put into a page, `source`, and what it shows in words, `alt`.
+
+    Raises `StudyError` if it is not there or cannot be read."""
     file = picture_file(name, preset, ".svg", ship)
     try:
         data = file.read_bytes()
@@ -149,7 +151,7 @@ def picture(name: str, preset: str, ship: bool = True) -> dict[str, str]:
         raise StudyError(f"{file}: is not a readable picture ({error}); `{mend} --preset {preset}` draws it") from None
     return {"source": f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}", "alt": told}
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0018
+# %% ../../nbs/study/10_report.ipynb #9e0c0021
 def settings(config: StrictConfig, where: str = "") -> list[dict[str, str]]:
     "Every field of a config that is set, a row each: `setting`, `value`, `meaning`; nested ones by their path."
     rows = []
@@ -165,7 +167,7 @@ def settings(config: StrictConfig, where: str = "") -> list[dict[str, str]]:
             rows.append({"setting": path, "value": str(text), "meaning": (field.description or "").replace("`", "")})
     return rows
 
-
+# %% ../../nbs/study/10_report.ipynb #9e0c0022
 def sources(preset: str) -> pd.DataFrame:
     "The generated sources of most conditions: what they write, their share of the tokens, where they err."
     rows, scale = [], find_preset(preset)
@@ -179,7 +181,7 @@ def sources(preset: str) -> pd.DataFrame:
                      "errors given to it": ", ".join(errors) or "none"})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0020
+# %% ../../nbs/study/10_report.ipynb #9e0c0024
 ROOMS = ("data", "models", "grading", "training", "study", "tutorials", "experiments", "figures", "benchmarks")
 
 
@@ -193,7 +195,7 @@ def shelves(base: str) -> list[dict[str, str]]:
         rows += [{"room": room, "notebooks": Markup(", ").join(links)}] * bool(files)
     return rows
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0023
+# %% ../../nbs/study/10_report.ipynb #9e0c0027
 COLOURS = {"paper": ("#ffffff", "#17191b"), "soft": ("#f3f3ee", "#212427"), "line": ("#d6d8d4", "#3c4145"),
            "ink": ("#1e2022", "#e3e4e0"), "quiet": ("#575c61", "#a6abb0"), "link": ("#1b4f8f", "#92bbef"),
            "good": ("#1c6843", "#7fd0a1"), "part": ("#745000", "#e2b868"), "open": ("#514c98", "#b9b3f2"),
@@ -212,7 +214,7 @@ def variables(dark: bool) -> str:
     "The colours as variables of a style sheet."
     return "; ".join(f"--{name}: {pair[dark]}" for name, pair in COLOURS.items())
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0026
+# %% ../../nbs/study/10_report.ipynb #9e0c0030
 STYLE = f"""
 :root {{ color-scheme: light dark; {variables(dark=False)} }}
 * {{ box-sizing: border-box }}
@@ -239,7 +241,7 @@ figure {{ margin: 1.5rem 0 }} img {{ display: block; max-width: 100%; height: au
 .scroll {{ overflow-x: auto }}
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0028
+# %% ../../nbs/study/10_report.ipynb #9e0c0032
 STYLE += f"""
 table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 1rem }}
 caption {{ text-align: left; color: var(--quiet); font-size: .9rem; padding-bottom: .4rem }}
@@ -266,7 +268,7 @@ td .quiet {{ display: block; font-size: .9rem }}
 }}
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0031
+# %% ../../nbs/study/10_report.ipynb #9e0c0035
 TABLE = """
 {% macro table(caption, rows, kind="prose") -%}
 <div class="{{ kind }}{% if kind == "wide" %} scroll" role="group" tabindex="0" aria-label="{{ caption }}{% endif %}">
@@ -283,6 +285,8 @@ TABLE = """
 </tbody></table></div>
 {%- endmacro %}
 """
+
+# %% ../../nbs/study/10_report.ipynb #9e0c0036
 FIGURE = """
 <article id="{{ name }}" aria-labelledby="{{ name }}-title">
 <h2 id="{{ name }}-title"><span class="claim">{{ row.claim }}</span> {{ row.title | capitalise }}</h2>
@@ -296,7 +300,7 @@ FIGURE = """
 {%- endif %} {{ verdict.own }}</p>
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0032
+# %% ../../nbs/study/10_report.ipynb #9e0c0037
 FIGURE += """
 <figure><div class="scroll" role="group" tabindex="0" aria-label="Picture of {{ row.claim }}">
 <img src="{{ picture.source }}" alt="{{ picture.alt }}"></div>
@@ -318,7 +322,7 @@ echochamber figures {{ name }} --preset {{ preset }}
 </article>
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0033
+# %% ../../nbs/study/10_report.ipynb #9e0c0038
 PAGE = """{% from "table" import table %}<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Echo Chamber: what was claimed, predicted and found</title>
@@ -342,7 +346,7 @@ right answers, and nothing else. Which format do its answers take, and are they 
 </section>
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0034
+# %% ../../nbs/study/10_report.ipynb #9e0c0039
 PAGE += """{% for article in articles %}{{ article }}{% endfor %}
 <section id="methods" aria-labelledby="methods-title"><h2 id="methods-title">Methods, and what is built in</h2>
 {{ methods }}
@@ -365,6 +369,8 @@ PAGE += """{% for article in articles %}{{ article }}{% endfor %}
 </body>
 </html>
 """
+
+# %% ../../nbs/study/10_report.ipynb #9e0c0040
 METHODS = """
 A **figure** is a claim and the conditions that test it; a **condition** is the preset with named changes; a **seed** is
 one realisation of everything random, pretraining included, unless a figure says otherwise. Every run is named by its
@@ -380,7 +386,7 @@ Which format wins is no discovery about formats. The sources are written by us, 
 ([corpora](data/02_corpora.ipynb)), and these decide which format is the most accurate when RL begins.
 """
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0036
+# %% ../../nbs/study/10_report.ipynb #9e0c0042
 templates = jinja2.Environment(loader=jinja2.DictLoader({"table": TABLE, "page": PAGE,
                                                          "figure": '{% from "table" import table %}' + FIGURE}),
                                autoescape=True, undefined=jinja2.StrictUndefined)
@@ -402,7 +408,7 @@ def article(name: str, preset: str = "laptop", ship: bool = True, base: str = ".
         argument=argument(name, base), picture=picture(name, preset, ship), cost=cost_sentence(figure, preset),
         evidence=told.drop(columns="note", errors="ignore").to_dict("records"), notebook=link_to(f"figures/{name}.ipynb", base)))
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0038
+# %% ../../nbs/study/10_report.ipynb #9e0c0044
 def report(preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
     """The page of a preset, as HTML: what is shipped, or with `ship` false the reader's own; `base` leads to `nbs/`.
 
@@ -423,7 +429,7 @@ def report(preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> s
         methods=to_html(METHODS, "", base),
         sources=sources(preset).to_dict("records"), settings=settings(scale), shelves=shelves(base)) + "\n"
 
-# %% ../../nbs/study/10_report.ipynb #9e0c0041
+# %% ../../nbs/study/10_report.ipynb #9e0c0047
 def page_of(notebook: Path) -> str:
     "A notebook with its outputs as an HTML page whose links to other notebooks lead to their pages."
     import nbformat
@@ -442,7 +448,7 @@ def write_pages(folder: Path, notebooks: Sequence[Path]) -> None:
         place = notebook.relative_to(notebooks_folder()).with_suffix(".html")
         write_text(folder / place, page_of(notebook))
 
-
+# %% ../../nbs/study/10_report.ipynb #9e0c0048
 def write_report(preset: str = "laptop", ship: bool = True, pages: bool = False) -> Path:
     """Write the report, with `pages` also every notebook as a page and the report beside them; where to begin reading.
 
