@@ -78,7 +78,8 @@ def evidence(figure: Figure, preset: str) -> pd.DataFrame:
         if (file := table_file(condition, preset).with_suffix(".json")).exists():
             told, costs = read_json(file), pd.read_parquet(table_file(condition, preset, "_costs"))
             rows.append({
-                "condition": condition.name, "seeds": len(told["seeds"]), "pretrainings": len(told["pretraining_seeds"]),
+                "condition": condition.name, "seeds": len(told["seeds"]),
+                "pretrainings": len(told["pretraining_seeds"]),
                 "runs": len(costs), "hours": f"{costs.seconds.sum() / 3600:.1f}",
                 "revision": ", ".join(revision[:7] for revision in told["revisions"]),
                 "processor": ", ".join(told["processors"]), "finished": told["finished"][:10],
