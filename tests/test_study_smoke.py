@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,9 +114,7 @@ def test_evaluation_keeps_every_completion(outputs):
 
 def test_second_time_computes_nothing(outputs):
     before = {path: path.stat().st_mtime_ns for path in outputs.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    started = time.time()
     said = finish(outputs)
-    assert time.time() - started < 60
     for name in FIGURES:
         verdict = json.loads((outputs / f"reproduced/smoke/{name}.json").read_text())
         assert " ".join(verdict["line"].split()) in " ".join(said.split())
