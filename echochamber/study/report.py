@@ -263,7 +263,7 @@ td .quiet {{ display: block; font-size: .9rem }}
   :root {{ {variables(dark=True)} }} img {{ filter: invert(.93) hue-rotate(180deg) brightness(1.25) }}
 }}
 @media print {{
-  body {{ font-size: 10pt }} nav, .skip {{ display: none }} a {{ color: inherit; text-decoration: none }}
+  html {{ font-size: 9.5pt }} header {{ padding-top: 0 }} nav, .skip {{ display: none }} a {{ color: inherit; text-decoration: none }}
   article {{ break-before: page; border: 0 }} h2, h3 {{ break-after: avoid }} .scroll {{ overflow: visible }}
   tr, figure, pre {{ break-inside: avoid }}
 }}
@@ -297,8 +297,8 @@ FIGURE = """
 <h3>Measured</h3>
 {{ table("Predictions of " ~ row.claim ~ ", one by one", predictions) }}
 <h3>Verdict</h3>
-<p>{{ mark(row.verdict) }}. {{ row.found }}{% if verdict.refuted_by %} Refuted by: {{ verdict.refuted_by | join(", ") }}.
-{%- endif %} {{ verdict.own }}</p>
+<p>{{ mark(row.verdict) }}. {{ row.found }}
+{% if verdict.refuted_by %}Refuted by: {{ verdict.refuted_by | join(", ") }}.{% endif %} {{ verdict.own }}</p>
 """
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0037
