@@ -263,7 +263,8 @@ td .quiet {{ display: block; font-size: .9rem }}
   :root {{ {variables(dark=True)} }} img {{ filter: invert(.93) hue-rotate(180deg) brightness(1.25) }}
 }}
 @media print {{
-  html {{ font-size: 9.5pt }} header {{ padding-top: 0 }} nav, .skip {{ display: none }} a {{ color: inherit; text-decoration: none }}
+  html {{ font-size: 9.5pt }} header {{ padding-top: 0 }} nav, .skip {{ display: none }}
+  a {{ color: inherit; text-decoration: none }}
   article {{ break-before: page; border: 0 }} h2, h3 {{ break-after: avoid }} .scroll {{ overflow: visible }}
   tr, figure, pre {{ break-inside: avoid }}
 }}
@@ -339,7 +340,8 @@ right answers, and nothing else. Which format do its answers take, and are they 
 {{ "Results of the repository" if ship else "Results computed here" }}.</p>
 <nav aria-label="Contents"><a href="#findings">Findings</a>{% for name, row in rows.items() %}
 <a href="#{{ name }}">{{ row.claim }} {{ name | replace("_", " ") }}</a>{% endfor %}
-<a href="#methods">Methods</a> <a href="#negative">Not as predicted</a> <a href="#notebooks">Notebooks</a></nav></header>
+<a href="#methods">Methods</a> <a href="#negative">Not as predicted</a> <a href="#notebooks">Notebooks</a></nav>
+</header>
 <main>
 <section id="findings" aria-labelledby="findings-title"><h2 id="findings-title">Findings</h2>
 {{ table("Every claim and what came of it", overview) }}
@@ -375,7 +377,8 @@ PAGE += """{% for article in articles %}{{ article }}{% endfor %}
 METHODS = """
 A **figure** is a claim and the conditions that test it; a **condition** is the preset with named changes; a **seed** is
 one realisation of everything random, pretraining included, unless a figure says otherwise. Every run is named by its
-settings and its code and is never computed twice ([runs](study/01_runs.ipynb), [conditions](study/05_conditions.ipynb)).
+settings and its code and is never computed twice ([runs](study/01_runs.ipynb),
+[conditions](study/05_conditions.ipynb)).
 
 Completions are graded one by one: the format is parsed, programs run in a sandbox, answers are compared exactly
 ([answers](grading/03_answers.ipynb)). Intervals are of 95 %, over problems and seeds; differences are paired, on the
@@ -407,7 +410,8 @@ def article(name: str, preset: str = "laptop", ship: bool = True, base: str = ".
     return Markup(templates.get_template("figure").render(
         name=name, preset=preset, ship=ship, row=row, verdict=verdict, predictions=predictions, notes=notes,
         argument=argument(name, base), picture=picture(name, preset, ship), cost=cost_sentence(figure, preset),
-        evidence=told.drop(columns="note", errors="ignore").to_dict("records"), notebook=link_to(f"figures/{name}.ipynb", base)))
+        evidence=told.drop(columns="note", errors="ignore").to_dict("records"),
+        notebook=link_to(f"figures/{name}.ipynb", base)))
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0044
 def report(preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
