@@ -76,7 +76,7 @@ def test_every_figure_is_published_and_nothing_is_shipped(outputs):
     for name, figure in FIGURES.items():
         verdict = json.loads((place / f"{name}.json").read_text())
         assert verdict["claim"] == figure.claim and verdict["line"] and verdict["predictions"]
-        for suffix in ("png", "pdf", "ipynb"):
+        for suffix in ("png", "svg", "pdf", "ipynb"):
             assert (place / f"{name}.{suffix}").stat().st_size > 1000
     assert not (outputs / "results").exists() and not (outputs / "figures").exists()
 

@@ -241,7 +241,7 @@ def figure_folder(name: str, config: FigureConfig, by_hand: bool) -> Iterator[Pa
         yield run.folder
 
 # %% ../../nbs/study/06_figures.ipynb #65156d57
-PICTURES = (".png", ".pdf", ".ipynb")
+PICTURES = (".png", ".svg", ".pdf", ".ipynb")
 
 
 def picture_file(figure: str, preset: str, suffix: str = ".png", ship: bool = False) -> Path:
