@@ -123,7 +123,7 @@ def program_chain(cells: Sequence[str]) -> Chain | None:
 
 # %% ../../nbs/grading/08_errors.ipynb #e44a0015
 WORDS = {"plus": "+", "minus": "-", "times": "*", "divided by": "/"}
-NUMBER, BETWEEN = r"-?[0-9]++(?:\.[0-9]++)?+", r" ?(?:plus|minus|times|divided by|[-+*/]) ?"
+NUMBER, BETWEEN = r"-?[0-9]{1,50}+(?:\.[0-9]{1,50}+)?+", r" ?(?:plus|minus|times|divided by|[-+*/]) ?"
 SUM = re.compile(rf"(?<![0-9])(?P<left>{NUMBER})(?P<operation>{BETWEEN})(?P<right>{NUMBER})"
                  rf"(?P<more>(?:{BETWEEN}{NUMBER})*+)(?:(?= ?(?:=|equals) ?(?P<stated>{NUMBER})))?")
 
