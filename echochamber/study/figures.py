@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'STARTS', 'TEXTS', 'TABLES', 'PICTURES', 'Figure', 'by_name', 'penalties', 'groups_of', 'errs', 'foretold',
-           'figure_runs', 'table_file', 'evaluation_frame', 'training_frame', 'read_json', 'cost_frame', 'write_table',
-           'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'collect', 'FigureConfig',
-           'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file', 'publish',
-           'redraw']
+           'figure_runs', 'table_file', 'described', 'evaluation_frame', 'training_frame', 'read_json', 'cost_frame',
+           'write_table', 'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'collect',
+           'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file',
+           'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -17,15 +17,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..core import StrictConfig, StudyError, atomic_path, content_hash, outputs_folder
+from ..data.benchmarks import MINI
+from ..data.problems import generate_problems, out_of_distribution
+from ..grading.errors import with_errors
+from ..grading.styles import with_styles
 from .conditions import Condition, condition_labels, runs_of
 from .execution import launch, run_task
 from .presets import find_preset
 from .runs import Run, finished_run, open_run
-from .stages import completions_sampled
+from .stages import EvaluateConfig, completions_sampled
 
 # %% ../../nbs/study/06_figures.ipynb #b9e16a89
 class Figure(StrictConfig):
@@ -79,6 +82,8 @@ FIGURES |= by_name(
     Figure(name="budget", claim="B", title="samples per prompt and steps buy accuracy, and hasten the collapse",
            conditions=(Condition(), *map(groups_of, (0.5, 2, 4)),
                        *(Condition(checkpoints="ends", changes=(("rl.steps", times),)) for times in ("x0.5", "x2")))),
+    Figure(name="errors", claim="E", title="RL chooses better formats, and writes better within them",
+           conditions=(Condition(), Condition(algorithm="ppo"))),
     Figure(name="verifier", claim="V", title="the sign of TPR − FPR decides between learning and collapse",
            conditions=(Condition(), *map(errs, (0.8, 0.6, 0.5, 0.4, 0.2)),
                        *(Condition(checkpoints="ends", changes=(change,))
@@ -113,10 +118,20 @@ def table_file(condition: Condition, preset: str, part: str = "") -> Path:
     return outputs_folder() / "results" / preset / f"{condition.name}{part}.parquet"
 
 
+def described(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
+    "An evaluation that still has its texts with its styles, and on generated problems its errors."
+    frame = with_styles(frame)
+    if config.benchmark not in MINI or config.data:
+        return frame
+    drawn = config.problems if config.benchmark == "mini-gsm" else out_of_distribution(config.problems)
+    return with_errors(frame, generate_problems(drawn, int(frame.problem.max()) + 1, 0, "test"))
+
+
 def evaluation_frame(run: Run, labels: dict) -> pd.DataFrame:
-    "One evaluation without its texts, labelled; one row per completion."
-    file, tuned = run.folder / "evaluation.parquet", run.parents[0].config
-    frame = pd.read_parquet(file, columns=[name for name in pq.read_schema(file).names if name not in TEXTS])
+    "One evaluation without its texts but with what they show, labelled; one row per completion."
+    frame, tuned = pd.read_parquet(run.folder / "evaluation.parquet"), run.parents[0].config
+    if "completion" in frame:
+        frame = described(frame, run.config).drop(columns=[name for name in TEXTS if name in frame])
     sampled = {step: completions_sampled(tuned.algorithm, tuned.questions, step) for step in frame.step.unique()}
     return frame.assign(benchmark=run.config.benchmark, **labels, sampled=frame.step.map(sampled))
 
