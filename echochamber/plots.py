@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'ACCENT', 'THIRD', 'DARK', 'GREY', 'PALE', 'FORMAT_STYLE', 'METRIC_STYLE', 'ALGORITHM_STYLE', 'PRECISION_STYLE',
-           'at_k', 'house_style', 'plot_interval', 'draw_seeds', 'draw_own_seed', 'ticks_that_fit', 'step_axis',
-           'mark_episode', 'crop', 'counted', 'caption', 'save_figure']
+           'SUFFIXES', 'at_k', 'house_style', 'plot_interval', 'draw_seeds', 'draw_own_seed', 'ticks_that_fit',
+           'step_axis', 'mark_episode', 'crop', 'counted', 'caption', 'describe', 'save_figure']
 
 # %% ../nbs/plots.ipynb #dfd67d55
 from collections.abc import Sequence
@@ -163,8 +163,25 @@ def caption(figure: Figure, problems: int, samples: int, seeds: dict[str, int], 
     return text
 
 # %% ../nbs/plots.ipynb #ec40be4f
+def describe(figure: Figure) -> str:
+    "What a figure shows, in words: of each panel the title, the axes and the legend, and the caption below all."
+    said = []
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        names = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        shown = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        heading = axes.get_title("left") or axes.get_title()
+        said.append(": ".join(filter(None, (heading, shown))) + f" ({names})" * bool(names))
+    return ". ".join(filter(None, [*said, figure.get_supxlabel()]))
+
+
+SUFFIXES = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None},
+            ".svg": {"Date": None, "Creator": None}}
+
+
 def save_figure(figure: Figure, destination: Path) -> None:
-    "Write `destination`.png and .pdf, each atomically; the PDF carries no date, so equal data gives equal bytes."
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
-        with atomic_path(destination.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+    "Write `destination`.png, .pdf and .svg, each atomically, without dates; the SVG says what it shows."
+    for suffix, metadata in SUFFIXES.items():
+        told = {"Description": describe(figure)} if suffix == ".svg" else {}
+        with atomic_path(destination.with_suffix(suffix)) as temporary, plt.rc_context({"svg.hashsalt": "echochamber"}):
+            figure.savefig(temporary, format=suffix[1:], metadata=metadata | told)

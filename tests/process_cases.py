@@ -18,6 +18,7 @@ from echochamber.training.expert_iteration import ExpertIterationConfig, train_e
 from echochamber.training.fitting import FitConfig, OptimiserConfig, SnapshotCallback
 from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import pretrain
+from echochamber.training.rollouts import VerifierConfig
 from echochamber.training.supervised import Example, SupervisedConfig, train_supervised
 from echochamber.training.toy import toy_task
 
@@ -104,6 +105,7 @@ CASES: dict[str, Case] = {
     "expert_iteration": expert_iteration_case,
     "grpo": policy_case(grpo_config, kl_coefficient=0.1, loss={"truncated": "mask", "normaliser": "token"}),
     "ppo": policy_case(ppo_config, **PPO),
+    "verifier": policy_case(grpo_config, verifier=VerifierConfig(true_positive_rate=0.8, false_positive_rate=0.3)),
     "reinforce": policy_case(reinforce_config, loss={"truncated": "mask", "normaliser": "sequence"}),
     "interrupted": policy_case(ppo_config, interrupted=True, **PPO),
     "supervised": supervised_case,

@@ -1,69 +1,22 @@
 "JupyterLab as a reader opens it with `make lab`: the index first, every picture there, the project's kernel."
-import contextlib
-import itertools
 import json
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from browser import Page, get, page, program, until  # noqa: F401 (a fixture)
 
 from echochamber.core import project_root
 
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
-websocket = pytest.importorskip("websocket", reason="websocket-client is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("there is no Chromium to look with; on Debian: apt-get install chromium", allow_module_level=True)
-
 ROOT, TOKEN = project_root(), "shown-to-nobody"
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --remote-debugging-port=0 --window-size=1200,900").split()
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # every cell is rendered, seen or not
             "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
 PICTURES = """(() => { const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)');
     return [...panel.querySelectorAll('img')].map(img => [img.complete, img.naturalWidth, img.src.slice(0, 200)]); })()"""
-
-
-def until(question, seconds: float = 180.0):
-    "The first answer that is not empty; the last exception is told if there is none."
-    deadline, error = time.monotonic() + seconds, None
-    while time.monotonic() < deadline:
-        try:
-            if answer := question():
-                return answer
-        except (OSError, ValueError, KeyError, IndexError) as failure:
-            error = failure
-        time.sleep(0.2)
-    raise AssertionError(f"no answer within {seconds:.0f} s: {error}")
-
-
-def get(url: str):
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.loads(answer.read())
-
-
-@contextlib.contextmanager
-def program(command: list, log: Path, **options):
-    "A program for as long as it is needed, with its children."
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, **options)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def as_jupyter_of_somebody(folder: Path) -> dict[str, str]:
@@ -97,32 +50,6 @@ def lab(tmp_path_factory):
         yield f"http://127.0.0.1:{port}"
 
 
-class Page:
-    "A page of a browser, driven by the DevTools protocol."
-
-    def __init__(self, address: str):
-        self.socket, self.numbers = websocket.create_connection(address, timeout=60, suppress_origin=True), itertools.count(1)
-
-    def send(self, method: str, **parameters):
-        self.socket.send(json.dumps({"id": (number := next(self.numbers)), "method": method, "params": parameters}))
-        while (answer := json.loads(self.socket.recv())).get("id") != number:  # events in between are not of interest
-            pass
-        return answer["result"]
-
-    def value(self, expression: str):
-        "The value of a JavaScript expression; None if it fails."
-        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    profile = tmp_path_factory.mktemp("chromium")
-    with program([CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"], profile / "chromium.log"):
-        port = until(lambda: (profile / "DevToolsActivePort").read_text().split()[0])
-        address = until(lambda: [tab for tab in get(f"http://127.0.0.1:{port}/json") if tab["type"] == "page"][0]["webSocketDebuggerUrl"])
-        yield Page(address)
-
-
 def pictures_of(path: Path) -> int:
     "How many pictures a notebook has, in its prose and in its outputs."
     cells = json.loads(path.read_text())["cells"]
@@ -130,7 +57,7 @@ def pictures_of(path: Path) -> int:
     return prose + sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
 
 
-def look(page: Page, url: str, pictures: int) -> tuple[str, list]:
+def look(page: Page, url: str, pictures: int) -> tuple[str, list]:  # noqa: F811
     "Open an address; the name of the kernel shown beside the notebook, and its pictures, once they all are there."
     page.send("Page.navigate", url=url)
     until(lambda: len(page.value(PICTURES) or ()) >= pictures and all(done for done, *_ in page.value(PICTURES)))
@@ -139,7 +66,7 @@ def look(page: Page, url: str, pictures: int) -> tuple[str, list]:
 
 
 @pytest.mark.parametrize("pattern", ["index.ipynb", "figures/convergence.ipynb", "training/*_advantages.ipynb"])
-def test_pictures_and_kernel(pattern, lab, page):
+def test_pictures_and_kernel(pattern, lab, page):  # noqa: F811
     path, = (ROOT / "nbs").glob(pattern)
     kernel, pictures = look(page, f"{lab}/lab/tree/{path.relative_to(ROOT)}?token={TOKEN}&reset", pictures_of(path))
     assert pictures and not [source for _, width, source in pictures if width == 0] and kernel == "Echo Chamber"

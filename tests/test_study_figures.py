@@ -55,6 +55,14 @@ def test_the_verdict_is_the_committed_one(redrawn, name):
 
 
 @pytest.mark.parametrize("name", DRAWN)
+def test_the_picture_is_the_committed_one(redrawn, name):
+    "Every coordinate, within a twentieth of a point; on one machine every byte (`plots`)."
+    drawn, committed = (re.findall(r"-?\d+\.\d+", (folder / f"figures/laptop/{name}.svg").read_text())
+                        for folder in (redrawn, ROOT / "outputs"))
+    assert len(drawn) == len(committed) and [float(one) for one in drawn] == pytest.approx([float(one) for one in committed], abs=0.05)
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_the_notebook_says_what_is_committed(redrawn, name):
     "Outputs saved in `nbs/figures` are those of the committed tables."
     assert printed(redrawn / f"figures/laptop/{name}.ipynb") == printed(ROOT / f"nbs/figures/{name}.ipynb")
@@ -66,6 +74,7 @@ def test_the_front_page_says_what_is_committed(redrawn, name):
     for one in verdict["predictions"]:
         assert one["measured"] in readme, "run `make readme` after `make figures`"
     assert (ROOT / f"outputs/figures/laptop/{name}.png").exists()
+    assert (ROOT / f"outputs/figures/laptop/{name}.svg").stat().st_size < 300_000, "a picture of that many points should be rasterised"
 
 
 def test_committed_tables_are_those_of_figures():

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +76,7 @@ def test_every_figure_is_published_and_nothing_is_shipped(outputs):
     for name, figure in FIGURES.items():
         verdict = json.loads((place / f"{name}.json").read_text())
         assert verdict["claim"] == figure.claim and verdict["line"] and verdict["predictions"]
-        for suffix in ("png", "pdf", "ipynb"):
+        for suffix in ("png", "svg", "pdf", "ipynb"):
             assert (place / f"{name}.{suffix}").stat().st_size > 1000
     assert not (outputs / "results").exists() and not (outputs / "figures").exists()
 
@@ -115,9 +114,7 @@ def test_evaluation_keeps_every_completion(outputs):
 
 def test_second_time_computes_nothing(outputs):
     before = {path: path.stat().st_mtime_ns for path in outputs.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    started = time.time()
     said = finish(outputs)
-    assert time.time() - started < 60
     for name in FIGURES:
         verdict = json.loads((outputs / f"reproduced/smoke/{name}.json").read_text())
         assert " ".join(verdict["line"].split()) in " ".join(said.split())

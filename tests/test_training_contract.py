@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from echochamber.core import StudyError
+from echochamber.data.llama import as_read_here, train_llama_tokenizer
+from echochamber.data.tokens import train_tokenizer
 from echochamber.models.generation import SamplingConfig
 from echochamber.training import toy
 from echochamber.training.algorithms import ALGORITHMS as ON_POLICY
 from echochamber.training.algorithms import OnPolicyConfig
 from echochamber.training.critic import CriticConfig
 from echochamber.training.diagnostics import METRICS
-from echochamber.training.expert_iteration import ExpertIterationConfig, train_expert_iteration
+from echochamber.training.expert_iteration import ExpertIterationConfig, ending_tokens, train_expert_iteration
 from echochamber.training.policy import train_policy
+from echochamber.training.rollouts import VerifierConfig, verify
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
 from echochamber.training.toy import (
     COUNTS,
@@ -121,11 +124,66 @@ def test_it_learns_without_a_penalty_and_then_has_no_reference(name, unpenalised
     check_moves(run)
 
 
-def test_every_definition_is_logged_by_somebody(signed, unpenalised):
+@pytest.fixture(scope="module")
+def misled(tmp_path_factory):
+    "A long training by GRPO whose verifier rewards what is wrong, and nothing else."
+    perverse = VerifierConfig(true_positive_rate=0.0, false_positive_rate=1.0)
+    return run_toy(long_config("grpo", kl=0.0).model_copy(update={"verifier": perverse}), tmp_path_factory.mktemp("misled"))
+
+
+def test_every_definition_is_logged_by_somebody(signed, unpenalised, misled):
     "That every logged column is defined, is part of the contract."
     logged = [set(signed(name).history) for name in EVERY] + [set(unpenalised(name).history) for name in ON_POLICY]
+    logged.append(set(misled.history))
     assert set.union(*logged) - COUNTS == set(METRICS)
     assert all("step" in columns for columns in logged)
+
+
+# --- how an imitated completion ends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [train_tokenizer, lambda texts, size: as_read_here(train_llama_tokenizer(texts, size))])
+def test_an_ending_is_what_it_is_behind_a_text(tokenizer):
+    "A tokenizer of Llama-2's kind puts a space before a text, so that an ending encoded alone would have two."
+    texts = ["The number of miles is \\boxed{128}.", "def simple_math_problem():\n    return 18"] * 50
+    tokenizer = tokenizer(texts, 400)
+    for text in texts[:2]:
+        for ending in ("", " ", " so", "\n\n"):
+            assert tokenizer.decode(tokenizer.encode(text).ids + ending_tokens(ending, tokenizer)) == text + ending
+    with pytest.raises(StudyError, match="the ending '.' runs into the text before it; begin it with a space"):
+        ending_tokens(".", train_tokenizer(["so..."] * 100, 300))
+
+
+# --- a verifier that errs ---------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_verifier_changes_nothing(unpenalised, tmp_path):
+    "Spelt out it is the default, and another rate is another run from the first rollout batch on."
+    config = long_config("grpo", kl=0.0)
+    spelt_out = OnPolicyConfig(**config.model_dump() | {"verifier": {"true_positive_rate": 1.0, "false_positive_rate": 0.0}})
+    assert spelt_out == config and not any(name.startswith("verified") for name in unpenalised("grpo").history)
+    again = run_toy(spelt_out, tmp_path / "again")
+    assert identical(again.policy, unpenalised("grpo").policy)
+    deaf = run_toy(config.model_copy(update={"verifier": VerifierConfig(true_positive_rate=0.9)}), tmp_path / "deaf")
+    assert not identical(deaf.policy, again.policy)
+    assert deaf.history.reward[0] == again.history.reward[0] > deaf.history.verified[0]
+
+
+def test_the_sign_of_j_decides_what_is_learnt(misled, unpenalised):
+    "Rewarded for what is wrong the policy unlearns what is right; the diagnostics tell both."
+    history = misled.history
+    assert reward_rises(unpenalised("grpo").history) and history.reward.iloc[-1] < history.reward.iloc[0]
+    assert ((history.reward + history.verified - 1).abs() < 1e-6).all() and history.verified.iloc[-1] > history.verified.iloc[0]
+    assert ((history.groups_all_wrong - history.verified_all_right).abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_blind_verifier_rewards_at_its_rate_whatever_was_written(seed):
+    truth = (torch.arange(80_000).view(-1, 8) % 8 < 2).float()
+    rewarded = verify(truth, VerifierConfig(true_positive_rate=0.3, false_positive_rate=0.3), seed, 0)
+    assert rewarded.dtype == truth.dtype and set(rewarded.unique().tolist()) == {0, 1}
+    assert (rewarded[truth == 1].mean() - 0.3).abs() < 0.015 and (rewarded[truth == 0].mean() - 0.3).abs() < 0.01
+    assert not torch.equal(rewarded, verify(truth, VerifierConfig(true_positive_rate=0.3, false_positive_rate=0.3), seed + 1, 0))
 
 
 # --- what a seed decides, and what the split of a step does not ---------------------------------------------------------

@@ -17,7 +17,7 @@ from echochamber.training.algorithms import grpo_config
 from echochamber.training.diagnostics import StopConfig, stop_reason
 from echochamber.training.fitting import logarithmic_steps
 from echochamber.training.policy import train_policy
-from echochamber.training.rollouts import Rollouts
+from echochamber.training.rollouts import Rollouts, VerifierConfig
 from echochamber.training.supervised import SupervisedConfig, encode_examples, train_supervised
 from echochamber.training.toy import toy_task
 
@@ -52,11 +52,11 @@ def test_nothing_to_learn_from_is_a_reason_to_stop_from_its_limit_on(wrong, righ
 # --- what a run does about it -----------------------------------------------------------------------------------------
 
 
-def train(folder: Path, stop: StopConfig | None = None, callbacks=(), report=None, grader=None):
+def train(folder: Path, stop: StopConfig | None = None, callbacks=(), report=None, grader=None, verifier=None):
     "Eight steps, two per rollout batch, with resume points at 3 and 6."
     policy, tokenizer, questions, toy_grader = toy_task()
     config = grpo_config(8, 0.02, prompts=10, samples=4, train_batch=20, max_new_tokens=2, temperature=1.0, learning_rate=1e-3,
-                         precision="32-true", checkpoint_every=3, stop=stop)
+                         precision="32-true", checkpoint_every=3, stop=stop, verifier=verifier)
     history = train_policy(policy, tokenizer, questions, grader or toy_grader, config, folder, callbacks, report)
     return policy, history
 
@@ -179,6 +179,13 @@ def test_rollouts_without_a_signal_end_the_run(outcome, word, undisturbed, tmp_p
 def test_a_single_signal_starts_the_count_anew(tmp_path):
     history = train(tmp_path, StopConfig(uninformative_rollouts=2), grader=Verdicts("wrong", lambda rollout: rollout in (0, 2)))[1]
     assert history.groups_all_wrong[::2].tolist()[::2] == [1, 1] and len(history) == 8
+
+
+def test_wrong_answers_that_are_rewarded_teach_something(tmp_path):
+    "No group holds a right sample, but a verifier that errs makes differences: the run goes on, whatever it learns."
+    stop, everything_wrong = StopConfig(uninformative_rollouts=2), Verdicts("wrong", lambda rollout: True)
+    history = train(tmp_path, stop, grader=everything_wrong, verifier=VerifierConfig(false_positive_rate=0.5))[1]
+    assert (history.groups_all_wrong == 1).all() and (history.verified_all_wrong < 1).all() and len(history) == 8
 
 
 def test_an_interruption_does_not_start_the_count_anew(tmp_path):

@@ -21,12 +21,14 @@ from echochamber.training.expert_iteration import ExpertIterationConfig, train_e
 from echochamber.training.fitting import FitConfig, OptimiserConfig, SnapshotCallback
 from echochamber.training.policy import train_policy
 from echochamber.training.pretraining import held_out_losses, pretrain
+from echochamber.training.rollouts import VerifierConfig
 from echochamber.training.supervised import SupervisedConfig
 from echochamber.training.toy import toy_task
 
 torch.set_num_threads(1)
 Report = Callable[[int, int, str], None]
 Trained = tuple[Decoder, pd.DataFrame]
+NOISY = VerifierConfig(true_positive_rate=0.8, false_positive_rate=0.1)
 SIZES = dict(prompts=10, samples=4, train_batch=20, micro_batch=10, max_new_tokens=2, temperature=1.0, learning_rate=1e-2,
              precision="32-true", checkpoint_every=7, kl_coefficient=0.01)  # two steps per rollout batch
 
@@ -57,19 +59,31 @@ def grpo(folder: Path, report: Report) -> Trained:
     return model, train_policy(model, *task, grpo_config(30, **SIZES), folder, report=report)
 
 
+def noisy_grpo(folder: Path, report: Report) -> Trained:
+    "The verifier errs."
+    model, *task = toy_task()
+    return model, train_policy(model, *task, grpo_config(12, verifier=NOISY, **SIZES), folder, report=report)
+
+
 def ppo(folder: Path, report: Report) -> Trained:
     model, *task = toy_task()
     config = ppo_config(24, critic=CriticConfig(learning_rate=1e-2), **SIZES)
     return model, train_policy(model, *task, config, folder, report=report)
 
 
-def expert_iteration(folder: Path, report: Report) -> Trained:
+def expert_iteration(folder: Path, report: Report, **options) -> Trained:
     "Reports 100 per round: the first half of it is sampling; 101, 201 and 301 lie between rounds."
     model, *task = toy_task()
     supervised = SupervisedConfig(epochs=16, batch=10, micro_batch=5, learning_rate=1e-2, precision="32-true", checkpoint_every=2)
-    config = ExpertIterationConfig(rounds=3, samples=32, sampling=SamplingConfig(max_new_tokens=3), supervised=supervised, prompts=3)
+    config = ExpertIterationConfig(rounds=3, samples=32, sampling=SamplingConfig(max_new_tokens=3), supervised=supervised, prompts=3,
+                                   **options)
     between = SnapshotCallback(range(4), lambda round: report(100 * round + 1, 300, "between rounds"))
     return model, train_expert_iteration(model, *task, config, folder, between, report)
+
+
+def noisy_expert_iteration(folder: Path, report: Report) -> Trained:
+    "The verifier errs, and what is kept is longer than what was drawn."
+    return expert_iteration(folder, report, verifier=NOISY, ending="9")
 
 
 def work(train: Callable[[Path, Report], Trained], folder: Path, fatal: float = float("inf")) -> None:
@@ -113,9 +127,11 @@ def run(processes, *arguments) -> int | None:
 @pytest.mark.parametrize(("train", "kills"), [
     (pretraining, [18]),
     (grpo, [24]),
+    (noisy_grpo, [10]),  # continues from step 7, inside a rollout batch; the next one is verified after that
     (ppo, [10, 17]),  # continues from step 7, inside a rollout batch, and from step 14, between two
     (expert_iteration, [125, 175, 200, 201]),  # sampling round 2, amid and after the last step of its fine-tuning, before round 3
-], ids=["pretraining", "grpo", "ppo", "expert iteration"])
+    (noisy_expert_iteration, [125, 201]),
+], ids=["pretraining", "grpo", "grpo with errors", "ppo", "expert iteration", "expert iteration with errors"])
 def test_killed_and_resumed_equals_uninterrupted(train, kills, processes, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..core import StudyError, outputs_folder, write_frame, write_text
+from ..core import StudyError, write_frame
 
 if TYPE_CHECKING:
     from echochamber.data.preparation import CorpusConfig
@@ -159,13 +159,15 @@ def figures(names: FigureNames = None, preset: PresetOption = "laptop") -> None:
 
 # %% ../../nbs/study/12_cli.ipynb #8d638c99
 @app.command()
-def report() -> None:
-    """Write a summary of all figures drawn so far, with their verdicts, to outputs/report.md, and print it.
+def report(preset: PresetOption = "laptop",
+           own: Annotated[bool, typer.Option("--own", help="your own results, not those of the repository")] = False,
+           pages: Annotated[bool, typer.Option("--pages", help="write every notebook as a page, too")] = False) -> None:
+    """Write outputs/report.html: what was claimed, predicted and found, with every figure, on one page.
 
-    Example: echochamber report"""
-    from echochamber.study.report import report as all_verdicts
-    write_text(outputs_folder() / "report.md", text := all_verdicts())
-    say(text)
+    Example: echochamber report --pages"""
+    from echochamber.study.report import findings, write_report
+    file = write_report(preset, ship=not own, pages=pages)
+    say(*(f"{row.claim} {row.verdict}: {row.title}" for row in findings(preset, not own).itertuples()), str(file))
 
 # %% ../../nbs/study/12_cli.ipynb #0d715f0c
 def compute(run: "Run") -> None:

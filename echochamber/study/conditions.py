@@ -78,7 +78,7 @@ def check_condition(condition: Condition) -> None:
 
 # %% ../../nbs/study/05_conditions.ipynb #5b8d9ac5
 SECTIONS = {"problems": "pretrain", "corpus": "pretrain", "decoders": "pretrain", "pretraining": "pretrain",
-            "prompts": "finetune", "prompt_operations": "finetune", "questions": "finetune",
+            "prompts": "finetune", "prompt_operations": "finetune", "questions": "finetune", "grader": "finetune",
             "max_new_tokens": "finetune", "rl": "finetune", "expert_iteration": "finetune", "control": "finetune",
             "evaluation": "evaluate"}
 TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
@@ -190,7 +190,7 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
         sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
                      train_batch=told.train_batch, micro_batch=told.micro_batch, max_new_tokens=scale.max_new_tokens,
                      temperature=told.temperature, learning_rate=told.learning_rate, precision=told.precision,
-                     horizon=round(told.horizon * told.steps), seed=seed)
+                     horizon=round(told.horizon * told.steps), verifier=told.verifier, seed=seed)
         if condition.algorithm == "grpo":
             return grpo_config(told.steps, **sizes)
         return ppo_config(told.steps, critic=CriticConfig(learning_rate=told.critic_learning_rate), **sizes)
@@ -201,7 +201,7 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
         return supervised
     sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
     return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised,
-                                 seed=seed)
+                                 ending=told.ending, seed=seed)
 
 # %% ../../nbs/study/05_conditions.ipynb #819f9e7c
 def start_step(condition: Condition, pretraining: PretrainConfig) -> int | None:
@@ -234,9 +234,10 @@ def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) 
         problems=ProblemConfig.parse(scale.problems.model_dump() | operations, where="condition"),
         prompts=real_prompts(scale.prompts) if scale.prompts else None, seed=seed,
         algorithm=algorithm_of(scale, condition, seed),
+        grader="study" if condition.algorithm == "sft" else scale.grader,
         solutions=parent.config.mixture.sources if condition.algorithm == "sft" else ())
     own = {"expert_iteration": tuple(range(1, config.total_steps + 1)), "sft": (config.total_steps,)}
-    config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.snapshots)})
+    config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.kept)})
     run = Run("finetune", finetuning_name(condition, parent.config.seed, seed), config, parents=(parent,))
     return after_supervised(run, scale, condition, seed) if condition.supervised_first else run
 

@@ -20,6 +20,7 @@ from ..data.problems import ProblemConfig
 from ..data.token_files import PreparedSource
 from ..models.decoder import DECODERS, DecoderConfig
 from ..training.fitting import logarithmic_steps
+from ..training.rollouts import VerifierConfig
 
 # %% ../../nbs/study/04_presets.ipynb #41b01209
 Precision = Literal["32-true", "bf16-mixed"]
@@ -60,10 +61,18 @@ class RLPreset(StrictConfig):
     horizon: float = Field(1.0, ge=1, description="where the cosine of the learning rate ends, in lengths of the run")
     critic_learning_rate: float = Field(gt=0, description="peak, of PPO's critic")
     temperature: float = Field(gt=0, description="of rollouts")
-    snapshots: tuple[int, ...] = Field((), description="steps that are evaluated; empty: a logarithmic grid")
+    verifier: VerifierConfig = Field(VerifierConfig(), description="how often the rewards are right")
+    snapshots: tuple[int, ...] = Field((), description="steps whose model is kept, and the last one; empty: a "
+                                                       "logarithmic grid")
     precision: Precision = Field(description="of the arithmetic")
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        "Those of `snapshots` that a run of so many steps has, and its last step; empty for a logarithmic grid."
+        inside = {step for step in self.snapshots if step < self.steps} | {self.steps}
+        return tuple(sorted(inside)) if self.snapshots else ()
 
+# %% ../../nbs/study/04_presets.ipynb #86951b47
 class SupervisedPreset(StrictConfig):
     "Supervised fine-tuning at one scale: the control, and every round of Expert Iteration."
     epochs: int = Field(gt=0, description="passes over the examples")
@@ -76,6 +85,7 @@ class ExpertIterationPreset(SupervisedPreset):
     "Expert Iteration at one scale."
     rounds: int = Field(gt=0, description="times that the base is fine-tuned on fresh samples")
     samples: int = Field(gt=0, description="completions per question and round")
+    ending: str = Field("", description="text after what is imitated, before the end token; a space in the release")
 
 # %% ../../nbs/study/04_presets.ipynb #0c9c34cc
 class CorpusPreset(StrictConfig):
@@ -92,6 +102,7 @@ class Preset(StrictConfig):
     prompts: str | None = Field(None, description="a real set as prompts of fine-tuning instead of generated ones")
     questions: int = Field(gt=0, description="prompts of fine-tuning; one pass over them is an episode")
     prompt_operations: tuple[int, int] | None = Field(None, description="of generated prompts; None: as in the sources")
+    grader: Literal["study", "released"] = Field("study", description="who rewards; evaluation always asks the study's")
     max_new_tokens: int = Field(gt=0, description="longest completion, in training and evaluation [tokens]")
     decoders: dict[str, DecoderConfig] = Field(description="sizes of the model; `default` is the one of most figures")
     pretraining: PretrainingPreset

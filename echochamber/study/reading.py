@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_shipped', 'read_own', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve',
-           'metrics_by_seed', 'seed_values', 'seed_curves', 'format_sums', 'format_distance', 'chance_of_decline',
-           'drawdown', 'status_of', 'Verdict', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
+           'read_shipped', 'read_own', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve', 'sweep',
+           'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'format_sums', 'format_distance',
+           'chance_of_decline', 'drawdown', 'status_of', 'within', 'all_within', 'Verdict', 'verdict_line',
+           'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -158,8 +159,11 @@ def value(results: Results, checkpoint: Checkpoint, metric: Metric) -> pd.Series
 
 
 def change(results: Results, before: Checkpoint, after: Checkpoint, metric: Metric) -> pd.Series:
-    "Paired change of a metric between two checkpoints: `value`, `low`, `high`."
-    return metric.select(paired_difference(results.rows(*before), results.rows(*after), results.ks)).iloc[0]
+    "Paired change of a metric between two checkpoints, over the seeds that both have: `value`, `low`, `high`."
+    frames = results.rows(*before), results.rows(*after)
+    both = set(frames[0].seed) & set(frames[1].seed)
+    pair = [frame[frame.seed.isin(both)] for frame in frames]
+    return metric.select(paired_difference(*pair, results.ks)).iloc[0]
 
 
 def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
@@ -168,6 +172,18 @@ def curve(results: Results, condition: str, metric: Metric) -> pd.DataFrame:
     sampled = results.evaluation[results.evaluation.condition == condition].groupby("step").sampled.max()
     rows = [metric.select(results.summary(condition, step)).assign(step=step, sampled=sampled[step]) for step in steps]
     return pd.concat(rows, ignore_index=True)
+
+# %% ../../nbs/study/07_reading.ipynb #db0bbfdc
+def sweep(results: Results, places: dict[float, Checkpoint], metric: Metric) -> pd.DataFrame:
+    "A metric at checkpoints, each by the number that it is a case of: `x`, `value`, `low`, `high`, `n`."
+    rows = [metric.select(results.summary(*place)).assign(x=x) for x, place in places.items()]
+    return pd.concat(rows, ignore_index=True)
+
+
+def sweep_changes(results: Results, places: dict[float, tuple[Checkpoint, Checkpoint]], metric: Metric) -> pd.DataFrame:
+    "Paired changes of a metric between two checkpoints each, by a number: `x`, `value`, `low`, `high`."
+    rows = {x: change(results, *pair, metric)[["value", "low", "high"]] for x, pair in places.items()}
+    return pd.DataFrame(rows).T.astype(float).rename_axis("x").reset_index()
 
 # %% ../../nbs/study/07_reading.ipynb #a07d4992
 def metrics_by_seed(frame: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
@@ -243,6 +259,19 @@ def status_of(predictions: Sequence[dict]) -> str:
     if False in decisive or None in decisive:
         return "not reproduced" if False in decisive else "undecided"
     return "reproduced" if all(one["holds"] for one in predictions) else "partly reproduced"
+
+
+def within(row: pd.Series, margin: float) -> bool | None:
+    "Whether a change is at most ±`margin`: yes if its interval is, no if all of it lies beyond, else undecided (None)."
+    if -margin <= row.low and row.high <= margin:
+        return True
+    return False if row.low > margin or row.high < -margin else None
+
+
+def all_within(rows: Sequence[pd.Series], margin: float) -> bool | None:
+    "Whether all changes are at most ±`margin`: no if one is not, yes if all are, else undecided (None)."
+    answers = [within(row, margin) for row in rows]
+    return False if False in answers else None if None in answers else True
 
 # %% ../../nbs/study/07_reading.ipynb #fcb9b668
 @dataclass(eq=False)

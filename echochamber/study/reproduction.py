@@ -59,17 +59,19 @@ def study_overview(seeds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/11_reproduction.ipynb #9ee754f1
-PRICE = 2.5  # US dollars per hour of a GPU
-
-
 def disk_bytes(run: Run) -> float:
     "What the models that a training run keeps take on disk, with weights and optimiser state to resume from [bytes]."
     config = run.config
     if isinstance(config, EvaluateConfig):
         return 0.0
     models = len(config.snapshot_steps) + 3  # the resume point: weights and two moments
-    first = run.parents[0] if run.parents else run
+    first = run
+    while first.parents:  # the pretraining; a supervised stage may lie between
+        first = first.parents[0]
     return 4.0 * models * first.config.decoder.num_parameters
+
+# %% ../../nbs/study/11_reproduction.ipynb #9ee754f2
+PRICE = 2.5  # US dollars per hour of a GPU
 
 
 def figure_costs(preset: str, seeds: int = 1) -> pd.DataFrame:

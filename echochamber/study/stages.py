@@ -8,7 +8,7 @@ __all__ = ['Mixture', 'Algorithm', 'STAGES', 'kind_of_mixture', 'PretrainConfig'
 
 # %% ../../nbs/study/03_stages.ipynb #f5f1d5db
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -125,6 +125,17 @@ def real_prompts(benchmark: str) -> PromptsConfig:
     file = local_file(benchmark)
     return PromptsConfig.parse({"benchmark": benchmark, "data": file and str(file)}, "prompts")
 
+# %% ../../nbs/study/03_stages.ipynb #f12fdded
+def check_solutions(config: "FinetuneConfig") -> None:
+    "Refuse `solutions` where none are imitated, an imitation without them, and what has no meaning beside them."
+    if ((kind := config.algorithm.kind) == "supervised") != bool(config.solutions):
+        raise ValueError("`solutions` are what a supervised run imitates: give them with kind `supervised` and "
+                         f"only there, not with {kind}")
+    if config.solutions and config.grader != "study":
+        raise ValueError("a supervised run samples nothing that could be graded; leave `grader` out")
+    if config.solutions and config.prompts:
+        raise ValueError("`solutions` are written for problems of the generator; leave `prompts` out")
+
 # %% ../../nbs/study/03_stages.ipynb #8a7cfd2f
 class FinetuneConfig(StrictConfig):
     "RL (or its supervised control) on a model: which prompts, which algorithm, which steps are kept for evaluation."
@@ -135,6 +146,7 @@ class FinetuneConfig(StrictConfig):
     prompts: PromptsConfig | None = Field(None, description="a real set of prompts, instead of the generator's")
     questions: int = Field(gt=0, description="number of training prompts; one pass over them is an episode")
     algorithm: Algorithm = Field(description="the algorithm; its `kind` says which loop trains it")
+    grader: Literal["study", "released"] = Field("study", description="who rewards; evaluation always asks the study's")
     solutions: tuple[SourceConfig, ...] = Field((), description="sources whose solutions a supervised run imitates")
     snapshots: tuple[int, ...] = Field((), description="steps (rounds) whose model is kept; empty: a logarithmic grid")
     seed: int = Field(0, ge=0, description="seed of the prompts")
@@ -147,11 +159,7 @@ class FinetuneConfig(StrictConfig):
     def parts_agree(self):
         if wrong := [step for step in self.snapshots if not 0 <= step <= self.total_steps]:
             raise ValueError(f"snapshots {wrong} lie outside the run of {self.total_steps} steps")
-        if ((kind := self.algorithm.kind) == "supervised") != bool(self.solutions):
-            raise ValueError("`solutions` are what a supervised run imitates: give them with kind `supervised` and "
-                             f"only there, not with {kind}")
-        if self.prompts and self.solutions:
-            raise ValueError("`solutions` are written for problems of the generator; leave `prompts` out")
+        check_solutions(self)
         return self
 
 # %% ../../nbs/study/03_stages.ipynb #8c190e87

@@ -18,6 +18,7 @@ from .critic import CriticConfig
 from .diagnostics import StopConfig
 from .fitting import FitConfig
 from .losses import LossConfig
+from .rollouts import VerifierConfig
 
 # %% ../../nbs/training/08_algorithms.ipynb #c08ffe93
 class RolloutConfig(StrictConfig):
@@ -77,6 +78,7 @@ class OnPolicyConfig(StrictConfig):
     algorithm: str = Field(description="name used in figures")
     advantage: str = Field(description="one of `GROUP_ESTIMATORS` (over [B, G] rewards), or `gae` with a critic")
     rollouts: RolloutConfig
+    verifier: VerifierConfig = Field(VerifierConfig(), description="how often the rewards are right; the grades stay")
     loss: LossConfig
     critic: CriticConfig | None = Field(None, description="PPO's critic, for advantage `gae`")
     stop: StopConfig = Field(StopConfig(), description="when to stop early")
@@ -98,7 +100,8 @@ def on_policy_config(algorithm: str, advantage: str, loss: LossConfig, steps: in
                      train_batch: int = 64, micro_batch: int | None = None, max_new_tokens: int = 1024,
                      temperature: float = 0.7, learning_rate: float = 1e-6, passes: int = 1, horizon: int | None = None,
                      seed: int = 0, precision: str = "auto", checkpoint_every: int = 10, processes: int = 1,
-                     critic: CriticConfig | None = None, stop: StopConfig | None = None) -> OnPolicyConfig:
+                     critic: CriticConfig | None = None, stop: StopConfig | None = None,
+                     verifier: VerifierConfig | None = None) -> OnPolicyConfig:
     """An algorithm with the paper's sizes; `steps` counts optimiser steps, `horizon` (default `steps`) ends the cosine.
 
     `micro_batch`: rollouts per forward pass (default: a process's whole share of a step).
@@ -109,8 +112,9 @@ def on_policy_config(algorithm: str, advantage: str, loss: LossConfig, steps: in
                     seed=seed, sampling=dict(max_new_tokens=max_new_tokens, temperature=temperature))
     fit = dict(optimiser=optimiser, steps=steps, accumulate=max(1, train_batch // (micro_batch * processes)),
                precision=precision, checkpoint_every=checkpoint_every, processes=processes)
-    return OnPolicyConfig.parse(dict(algorithm=algorithm, advantage=advantage, loss=loss, critic=critic,
-                                     stop=stop or StopConfig(), rollouts=rollouts, fit=fit), where=algorithm)
+    parts = dict(rollouts=rollouts, verifier=verifier or VerifierConfig(), loss=loss, critic=critic, fit=fit,
+                 stop=stop or StopConfig())
+    return OnPolicyConfig.parse(dict(algorithm=algorithm, advantage=advantage, **parts), where=algorithm)
 
 # %% ../../nbs/training/08_algorithms.ipynb #9f89d2cd
 def kl_penalty(place: str, coefficient: float) -> dict:

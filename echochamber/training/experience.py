@@ -34,7 +34,7 @@ from echochamber.training.advantages import (
 )
 from .algorithms import OnPolicyConfig, RolloutConfig
 from .critic import Critic, critic_advantages
-from .diagnostics import rollout_statistics
+from .diagnostics import rollout_statistics, verifier_statistics
 from .distributed import world_size, global_rank, run_on_all_ranks
 from .fitting import resolve_compiled
 from .losses import LossConfig, live_tokens, loss_weights
@@ -48,6 +48,7 @@ from echochamber.training.rollouts import (
     rollouts_frame,
     row_seeds,
     sample_and_grade,
+    verify,
 )
 
 # %% ../../nbs/training/09_experience.ipynb #1b8ca59b
@@ -119,11 +120,12 @@ def join_shares(shares: Sequence[Share]) -> Share:
     return rollouts, {name: pad_and_concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def finish_experience(rollouts: Rollouts, experience: dict[str, torch.Tensor],
-                      config: OnPolicyConfig) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    "The experience, N rows, with its advantages, and the metrics of the rollout batch."
-    experience = experience | estimate_advantages(rollouts.rewards, experience, config)
-    metrics = rollout_statistics(rollouts)
+def finish_experience(rollouts: Rollouts, experience: dict[str, torch.Tensor], config: OnPolicyConfig,
+                      rollout: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    "The experience, N rows, with its advantages, and metrics of rollout batch `rollout`; the same in all processes."
+    rewards = verify(rollouts.rewards, config.verifier, config.seed, rollout)  # [B, G]
+    experience = experience | estimate_advantages(rewards, experience, config)
+    metrics = rollout_statistics(rollouts) | (verifier_statistics(rewards) if config.verifier.errs else {})
     if config.critic is not None:
         variance = explained_variance(experience["values"], experience["returns"], experience["mask"])
         metrics["explained_variance"] = variance.item()
@@ -200,7 +202,7 @@ class RolloutData(L.LightningDataModule):
         rollouts, experience = join_shares(run_on_all_ranks(lambda: sample_share(self, rollout)))
         if global_rank() == 0:
             keep_for_people(rollouts, rollout, self.folder)
-        return finish_experience(rollouts, experience, self.config)
+        return finish_experience(rollouts, experience, self.config, rollout)
 
 # %% ../../nbs/training/09_experience.ipynb #f75de4d4
 def sample_share(data: RolloutData, rollout: int) -> Share:
