@@ -21,7 +21,8 @@ from echochamber.study.runs import Run
 
 CENSUS = """
 import gc, hashlib, json, locale, logging, os, random, signal, sys, warnings
-import matplotlib, numpy, torch
+import matplotlib, numpy, torch, torch._dynamo
+import echochamber.study.figures
 import matplotlib.pyplot as plt
 from echochamber.study.fingerprint import code_version
 OWN = ("JPY_PARENT_PID", "ECHOCHAMBER_FAMILY", "ECHOCHAMBER_RUN", "PYTHONPATH")  # the path is looked at itself

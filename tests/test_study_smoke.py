@@ -32,14 +32,15 @@ def study(tmp_path_factory) -> SimpleNamespace:
     interrupted = first.communicate(timeout=60)[0], first.returncode, list(outputs.rglob("*.tmp"))
     second, pretraining = start(outputs), lambda: list(outputs.glob("runs/pretrain/*/DONE"))
     wait_for(lambda: pretraining() and list(outputs.glob("runs/finetune/*/progress.json")))
-    family, moment = psutil.Process(second.pid).children(recursive=True), pretraining()[0].stat().st_mtime_ns
+    family, sealed = psutil.Process(second.pid).children(recursive=True), pretraining()[0]
+    moment = sealed.stat().st_mtime_ns
     second.send_signal(signal.SIGKILL)
     second.communicate()
     wait_for(lambda: not any(map(alive, family)), 60)
     killed = [path.name for path in outputs.rglob("*") if path.is_file()]
     finish(outputs)
     return SimpleNamespace(outputs=outputs, interrupted=interrupted, family=family, killed=killed,
-                           pretrained=(moment, pretraining()[0].stat().st_mtime_ns))
+                           pretrained=(moment, sealed.stat().st_mtime_ns))
 
 
 @pytest.fixture(scope="module")

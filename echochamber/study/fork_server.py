@@ -26,21 +26,24 @@ from typing import BinaryIO, NoReturn
 
 from .fingerprint import code_version
 
-# %% ../../nbs/study/15_fork_server.ipynb #f0a50006
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50022
 PRELOADED = ("papermill", "ipykernel.kernelapp", "ipykernel.debugger", "matplotlib.pyplot", "seaborn",
              "torch._dynamo", "torch.utils.tensorboard", "echochamber.grading.answers", "echochamber.study.figures",
              "echochamber.study.reading")
 BORN_WITH = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # the allocator of Arrow would start a thread
+_set_by_imports: dict[str, str] = {}  # environment
 
-
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50006
 def serve(parent: int) -> None:
     "The fork server: import what notebooks import, then fork an executor for every message on standard input."
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the session
     if os.getppid() != parent:
         return  # it has ended before that
     sys.modules.setdefault("rfc3987_syntax", None)  # see `run_notebook`
+    born_with = dict(os.environ)
     for name in PRELOADED:
         importlib.import_module(name)
+    _set_by_imports.update((name, value) for name, value in os.environ.items() if born_with.get(name) != value)
     if (threads := os.listdir("/proc/self/task"))[1:]:
         raise SystemExit(f"{len(threads)} threads after the imports; a process can be forked safely if it has one")
     gc.freeze()
@@ -88,9 +91,9 @@ def become_executor(task: int, log: int, status: int) -> None:
 
 
 def replace_environment(environment: dict[str, str]) -> None:
-    "Have this environment and no other."
+    "Have this environment, and what modules have set in it when they were imported, and no other."
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(_set_by_imports | environment)
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000a
 class ForkedKernel:
