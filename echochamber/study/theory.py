@@ -245,8 +245,8 @@ def measured_run(rows: pd.DataFrame, rollouts: int) -> MeasuredRun:
         steps = first.step.to_numpy(int) - 1
     else:
         raise StudyError("a run without rollouts (no `sampler_gap`, no `round`) has no path of shares to predict")
-    shares, accuracies = (first[[f"{name}_{format}" for format in FORMATS]].to_numpy(float)
-                          for name in ("share", "accuracy"))
+    shares, accuracies = (first.reindex(columns=[f"{name}_{format}" for format in FORMATS]).to_numpy(float)
+                          for name in ("share", "accuracy"))  # a format that nobody wrote in has no accuracies
     return MeasuredRun(rows.learning_rate.to_numpy(float), Path(steps, shares, accuracies), rollouts)
 
 # %% ../../nbs/study/14_theory.ipynb #44751b72
