@@ -145,6 +145,6 @@ def test_caption_names_what_the_figure_rests_on(axes):
     assert other == "n = 1 problem · 1 sample each · 3 seeds (ppo) · 5 seeds (grpo) · preset paper · 150 M parameters"
 
 
-def test_a_figure_is_saved_whole_in_two_formats(axes, tmp_path):
+def test_a_figure_is_saved_whole_in_three_formats(axes, tmp_path):
     save_figure(axes.figure, tmp_path / "made" / "figure")
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["figure.pdf", "figure.png"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["figure.pdf", "figure.png", "figure.svg"]

@@ -201,6 +201,14 @@ def test_a_run_is_read_at_the_first_step_of_its_batches():
     assert measured_run(rounds, 256).path.steps.tolist() == [0, 1]
 
 
+def test_a_format_that_nobody_wrote_in_has_no_accuracy():
+    "Its column is empty, and readers drop empty columns."
+    toy, rates = Start([0.3, 0.2, 0.45, 0.05], [0.5, 0.3, 0.35, 0.01]), np.full(8, 0.1)
+    rows = metrics(predict(toy, rates, TimeScale(3.0)), rates).drop(columns=f"accuracy_{FORMATS[1]}")
+    run = measured_run(rows, 256)
+    assert np.isnan(run.path.accuracies[:, 1]).all() and np.isfinite(run.start().accuracies).all()
+
+
 def test_completions_give_the_pool_and_the_problems():
     rows = pd.DataFrame({"problem": [4, 4, 4, 9, 9, 9], "mode": ["sampled"] * 5 + ["greedy"],
                          "format": ["omi2", "omi2", "tinygsm", "tinygsm", "tinygsm", "omi1"],

@@ -46,7 +46,7 @@ def by_name(*figures: Figure) -> dict[str, Figure]:
 
 FIGURES: dict[str, Figure] = by_name(
     Figure(name="convergence", claim="C1", title="RL moves the outputs of a model with three formats to one of them",
-           conditions=(Condition(algorithm="ppo", pretraining_seed=0), Condition())),
+           conditions=(Condition(algorithm="ppo"), Condition())),
     Figure(name="algorithms", claim="C6",
            title="PPO, GRPO and Expert Iteration all amplify one format, the last one mildly",
            conditions=tuple(Condition(algorithm=name, pretraining_seed=0)

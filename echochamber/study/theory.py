@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DRIVES', 'GROWTHS', 'PENALTIES', 'RIVALS', 'Runs', 'Start', 'pool', 'log_tilt', 'tilt', 'Law', 'group_multiplier',
            'skill_parts', 'payoffs', 'TimeScale', 'Path', 'drives', 'predict', 'right_mass', 'optimum',
-           'frozen_optimum', 'kept_samples', 'generations', 'MeasuredRun', 'measured_run', 'read_runs', 'law_of',
-           'start_of_completions', 'deviations', 'fit_time_scale', 'fit_gain', 'takes_all', 'nothing_changes', 'score',
-           'score_table', 'score_totals']
+           'frozen_optimum', 'kept_samples', 'generations', 'MeasuredRun', 'measured_run', 'measured_runs', 'read_runs',
+           'law_of', 'start_of_completions', 'deviations', 'fit_time_scale', 'fit_gain', 'takes_all', 'nothing_changes',
+           'score', 'score_table', 'score_totals']
 
 # %% ../../nbs/study/14_theory.ipynb #aa59e4b4
 from collections.abc import Collection, Sequence
@@ -245,21 +245,26 @@ def measured_run(rows: pd.DataFrame, rollouts: int) -> MeasuredRun:
         steps = first.step.to_numpy(int) - 1
     else:
         raise StudyError("a run without rollouts (no `sampler_gap`, no `round`) has no path of shares to predict")
-    shares, accuracies = (first[[f"{name}_{format}" for format in FORMATS]].to_numpy(float)
-                          for name in ("share", "accuracy"))
+    shares, accuracies = (first.reindex(columns=[f"{name}_{format}" for format in FORMATS]).to_numpy(float)
+                          for name in ("share", "accuracy"))  # a format that nobody wrote in has no accuracies
     return MeasuredRun(rows.learning_rate.to_numpy(float), Path(steps, shares, accuracies), rollouts)
 
 # %% ../../nbs/study/14_theory.ipynb #44751b72
+def measured_runs(rows: pd.DataFrame, condition: Condition, preset: str) -> dict[tuple[str, int], MeasuredRun]:
+    "The runs of a condition by (its name, seed), from its training metrics."
+    scale = changed_preset(find_preset(preset), condition.changes)
+    rollouts = (scale.questions * scale.expert_iteration.samples if condition.algorithm == "expert_iteration"
+                else scale.rl.prompts * scale.rl.samples)
+    runs = rows[rows.stage == "finetune"].groupby("seed")
+    return {(condition.name, int(seed)): measured_run(one.dropna(axis=1, how="all"), rollouts) for seed, one in runs}
+
+
 def read_runs(condition: Condition, preset: str) -> dict[tuple[str, int], MeasuredRun]:
     "The shipped runs of a condition by (its name, seed). Raises `StudyError` if there is no table."
     file = table_file(condition, preset, "_training")
     if not file.exists():
         raise StudyError(f"no table {file.name} at preset {preset}; reproduce a figure with this condition first")
-    rows, scale = pd.read_parquet(file), changed_preset(find_preset(preset), condition.changes)
-    rollouts = (scale.questions * scale.expert_iteration.samples if condition.algorithm == "expert_iteration"
-                else scale.rl.prompts * scale.rl.samples)
-    runs = rows[rows.stage == "finetune"].groupby("seed")
-    return {(condition.name, int(seed)): measured_run(one.dropna(axis=1, how="all"), rollouts) for seed, one in runs}
+    return measured_runs(pd.read_parquet(file), condition, preset)
 
 # %% ../../nbs/study/14_theory.ipynb #e22e7ad2
 def law_of(condition: Condition, preset: str, **variant) -> Law:
