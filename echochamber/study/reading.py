@@ -263,8 +263,8 @@ def gain_by_base(before: pd.DataFrame, after: pd.DataFrame, k: int, edges: Seque
                  against: int | None = None) -> pd.DataFrame:
     """Change of pass@k of problems by the rate at which they were right before: `value`, `low`, `high`, `n` per bin.
 
-    Bin 0 holds rates up to `edges[0]`, the last one those above all `edges`; half of the samples before sort, the
-    others are compared. `against`: how far the change in this bin exceeds those in all bins, instead."""
+    Bin 0 holds rates up to `edges[0]`, the last one those above all `edges`; every other sample sorts, the others are
+    compared. `against`: how far the change in this bin exceeds those in all bins, instead."""
     def counts(frame: pd.DataFrame, part: slice) -> tuple[np.ndarray, np.ndarray]:
         rows = frame[(frame["mode"] == "sampled") & frame["sample"].isin(sorted(frame["sample"].unique())[part])]
         cells = (rows.outcome == "correct").groupby([rows.seed, rows.problem])
@@ -272,7 +272,7 @@ def gain_by_base(before: pd.DataFrame, after: pd.DataFrame, k: int, edges: Seque
 
     both = set(before.seed) & set(after.seed)
     before, after = (frame[frame.seed.isin(both)] for frame in (before, after))
-    sorting, compared, later = counts(before, np.s_[::2]), counts(before, np.s_[1::2]), counts(after, np.s_[:])
+    sorting, compared, later = counts(before, np.s_[::2]), counts(before, np.s_[1::2]), counts(after, np.s_[1::2])
     bins = np.searchsorted(edges, sorting[0] / sorting[1])[..., None] == np.arange(len(edges) + 1)  # [S, P, bins]
     gains = (pass_at_k(*later, k) - pass_at_k(*compared, k))[..., None] * bins
     of_bin = lambda totals: ratio(totals) if against is None else ratio(totals)[..., [against]] - ratio(totals)
