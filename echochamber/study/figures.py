@@ -124,7 +124,8 @@ FIGURES |= by_name(
            conditions=(*reaching(), *reaching(("prompt_operations", (1, 2))))),
     Figure(name="iteration", claim="I", title="the release's differences do not hold Expert Iteration back",
            conditions=(tuned("ppo"), tuned("ppo", ("grader", "released"), checkpoints="ends"),
-                       *(tuned("expert_iteration", *changes) for changes in ((), (ENDING,), (LONGER,), (ENDING, LONGER))))))
+                       *(tuned("expert_iteration", *changes)
+                         for changes in ((), (ENDING,), (LONGER,), (ENDING, LONGER))))))
 
 # %% ../../nbs/study/06_figures.ipynb #45ed4602
 def as_trained(condition: Condition) -> Condition:
@@ -134,8 +135,8 @@ def as_trained(condition: Condition) -> Condition:
 
 
 def foretold(figures: dict[str, Figure]) -> tuple[Condition, ...]:
-    """Conditions of these figures whose shares are those of RL from the whole pretraining, graded by the study's grader;
-    of those that share their training the first."""
+    """Conditions of these figures whose shares are those of RL from the whole pretraining, graded by our grader; of
+    those that share their training the first."""
     kept: dict[Condition, Condition] = {}
     for one in (one for figure in figures.values() for one in figure.conditions):
         if (one.algorithm != "sft" and one.precision == "default" and not (one.start or one.supervised_first)
@@ -172,7 +173,7 @@ def asked_problems(config: EvaluateConfig, count: int) -> list[Problem]:
     drawn = config.problems if config.benchmark == "mini-gsm" else out_of_distribution(config.problems)
     return generate_problems(drawn, count, 0, "test")
 
-
+# %% ../../nbs/study/06_figures.ipynb #23f3621f
 def described(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
     "An evaluation that still has its texts with its styles, and on generated problems its errors."
     frame, known = with_styles(frame), config.benchmark in MINI and not config.data
