@@ -119,7 +119,7 @@ def reaching(*changes: tuple[str, Any]) -> tuple[Condition, Condition]:
 ENDING, LONGER = ("expert_iteration.ending", " "), ("max_new_tokens", "x2")  # what the release does in Expert Iteration
 FIGURES |= by_name(
     Figure(name="scale", claim="C5", title="small models end with programs, large ones with prose",
-           conditions=(*map(grown, ("x0.3", "x0.7", "default")), grown("x3", 2, 0.75), grown("x9", 4, 0.5))),
+           conditions=(*map(grown, ("x0.3", "x0.7", "default")), grown("x3", 1.5, 0.75), grown("x9", 2, 0.5))),
     Figure(name="transfer", claim="C7", title="RL on easy problems helps on harder ones, as far as pretraining reached",
            conditions=(*reaching(), *reaching(("prompt_operations", (1, 2))))),
     Figure(name="iteration", claim="I", title="the release's differences do not hold Expert Iteration back",
