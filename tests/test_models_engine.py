@@ -45,9 +45,10 @@ def prompts_of(count: int, longest: int = 40) -> list[list[int]]:
 
 
 def rows_that_differ(one: Completions, other: Completions) -> int:
-    "Where the tokens agree, so do their log-probabilities."
+    "Where the tokens agree, so do their log-probabilities; a GPU takes other kernels for other sizes."
+    tolerance = 1e-5 if one.log_probs.device.type == "cpu" else 1e-4
     differ = (one.tokens != other.tokens).any(-1) if one.tokens.shape == other.tokens.shape else torch.ones(1)
-    assert differ.any() or (one.log_probs - other.log_probs).abs().max() <= 1e-5
+    assert differ.any() or (one.log_probs - other.log_probs).abs().max() <= tolerance
     return int(differ.sum())
 
 

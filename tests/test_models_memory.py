@@ -97,7 +97,7 @@ def test_parts_of_the_papers_plans():
 
 
 def test_too_little_memory_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
-    with pytest.raises(StudyError, match=r"1B needs 23.\d GiB \(weights 4.2, .*\) and 16.0 GiB are free; make the micro-batch smaller"):
+    with pytest.raises(StudyError, match=r"1B needs 29.\d GiB \(weights 4.2, .*\) and 16.0 GiB are free; make the micro-batch smaller"):
         require_memory("1B", plan_pretraining(DECODERS["1B"], 8, bf16=True, recompute=True, device="cuda"), 16 * 2**30)
     for module in (pretraining, policy):
         monkeypatch.setattr(module, "free_memory", lambda device: 10_000)

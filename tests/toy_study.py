@@ -116,6 +116,11 @@ def family_at_the_gate(place: Path, session: subprocess.Popen) -> list[psutil.Pr
                 if born.get("ECHOCHAMBER_OUTPUTS") == str(place / "outputs") and "ECHOCHAMBER_FAMILY" in born \
                         and "/second-" in born.get("ECHOCHAMBER_RUN", ""):
                     found.append(process)
+        leaders = {os.getsid(process.pid) for process in found if alive(process)}  # what is forked has another environment
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process not in found and os.getsid(process.pid) in leaders:
+                    found.append(process)
         waits = any("time.sleep(300)" in " ".join(process.cmdline()) for process in found if alive(process))
         return found if waits else []
     return wait_for(members)

@@ -37,7 +37,8 @@ def nucleus(weights: Tensor, top_p: float) -> Tensor:
 
 def sample_token(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     "A token for each row of `logits` [R, V], decided by `uniforms` [R] in [0, 1) → tokens, log-probabilities [R]."
-    scaled = logits.float() / (sampling.temperature or 1.0)                           # [R, V]
+    scaled = logits.float()                                                           # [R, V]
+    scaled = scaled if sampling.temperature in (0, 1) else scaled / sampling.temperature  # [R, V]
     scaled = scaled - scaled.amax(-1, keepdim=True)                                   # [R, V]
     weights = scaled.exp()                                                            # [R, V] unnormalised
     if sampling.temperature == 0:

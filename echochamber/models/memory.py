@@ -78,9 +78,9 @@ def recompute_activations(module: nn.Module) -> Iterator[None]:
             del block.forward  # the class's own is there again
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00016
-def logit_bytes(vocab_size: int, tokens: int) -> int:
+def logit_bytes(vocab_size: int, tokens: int, device: str = "cpu") -> int:
     "What a loss needs for the logits of `tokens`, of which the decoder takes so many at once."
-    return 12 * vocab_size * min(tokens, max(1, decoders.LOGITS_AT_ONCE // vocab_size))
+    return 12 * vocab_size * min(tokens, max(1, decoders.LOGITS_AT_ONCE[device] // vocab_size))
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00019
 def trained_bytes(parameters: int) -> dict[str, int]:
@@ -99,7 +99,7 @@ def plan_pretraining(config: DecoderConfig, rows: int, bf16: bool, recompute: bo
     activations = activation_bytes(config, rows, config.context, bf16, recompute, device)
     return trained_bytes(config.num_parameters) | {
         "activations": activations + cast_bytes(config, bf16),
-        "logits": logit_bytes(config.vocab_size, rows * config.context)}
+        "logits": logit_bytes(config.vocab_size, rows * config.context, device)}
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00020
 def sampling_bytes(config: DecoderConfig, rows: int, tokens: int, bf16: bool) -> dict[str, int]:
@@ -122,14 +122,18 @@ def plan_rl(config: DecoderConfig, rows: int, sampled: int, tokens: int, bf16: b
         always["critic"] = sum(trained_bytes(of_critic).values())
     networks = 2 if critic else 1
     activations = activation_bytes(config, rows, tokens, bf16, recompute, device) + cast_bytes(config, bf16)
-    training = {"activations": networks * activations, "logits": logit_bytes(config.vocab_size, rows * tokens)}
+    training = {"activations": networks * activations,
+                "logits": logit_bytes(config.vocab_size, rows * tokens, device)}
     sampling = sampling_bytes(config, sampled, tokens, bf16)
     return always | max(training, sampling, key=lambda moment: sum(moment.values()))
 
 # %% ../../nbs/models/05_memory.ipynb #e0e00029
 def free_memory(device: torch.device) -> int:
-    "Free memory of a device [bytes]."
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    "Free memory of a device [bytes], what PyTorch keeps for later tensors included."
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def require_memory(what: str, plan: dict[str, int], free: int) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['THREADS', 'SESSION', 'kernel_environment', 'module_path', 'Task', 'run_task', 'require_parameters', 'socket_home',
            'run_notebook', 'rank_environment', 'free_port', 'start_rank', 'rank_main', 'kill_tree', 'end_first_with',
            'failure_of_ranks', 'run_ranks', 'kind_and_message', 'execute_task', 'seal_run', 'kill_descendants',
-           'close_executor', 'new_log', 'start_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
+           'new_log', 'start_executor', 'close_executor', 'end_with_parent', 'executor_main', 'failure_of', 'launch']
 
 # %% ../../nbs/study/02_execution.ipynb #c9997b29
 import contextlib
@@ -31,6 +31,7 @@ import psutil
 
 from ..core import StudyError, outputs_folder, project_root
 from .fingerprint import notebooks_folder
+from .fork_server import ForkedExecutor, fork_executor
 from .runs import Run, full_disk_as_error, locked, record_failure, write_manifest
 
 # %% ../../nbs/study/02_execution.ipynb #75ae93e6
@@ -50,9 +51,9 @@ def kernel_environment(threads: int | None) -> dict[str, str]:
     }
 
 # %% ../../nbs/study/02_execution.ipynb #e2c30010
-def module_path(first: str) -> str:
-    "PYTHONPATH with a folder before it, and without empty entries, which mean the working folder."
-    return os.pathsep.join([first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+def module_path(*first: str) -> str:
+    "PYTHONPATH with folders before it, and without empty entries, which mean the working folder."
+    return os.pathsep.join([*first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 # %% ../../nbs/study/02_execution.ipynb #b93cd2c9
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ def socket_home() -> str:
     return usual if len(os.fsencode(usual)) <= 60 else "/tmp"
 
 
-def run_notebook(task: Task, destination: Path, sockets: Path) -> None:
-    "Execute with papermill; `destination` always holds what was executed so far."
+def run_notebook(task: Task, destination: Path, sockets: Path, **options) -> None:
+    "Execute with papermill and options of its engine; `destination` always holds what was executed so far."
     sys.modules.setdefault("rfc3987_syntax", None)  # the optional grammar
     import papermill
     from traitlets.config import Config
     logging.getLogger("papermill").setLevel(logging.ERROR)
     papermill.execute_notebook(
         task.notebook, destination, task.parameters, cwd=project_root(), kernel_name="python3", language="python",
-        progress_bar=False, start_timeout=120,
+        progress_bar=False, start_timeout=120, **options,
         config=Config(KernelManager={"transport": "ipc", "connection_file": str(sockets / "kernel.json")}))
 
 # %% ../../nbs/study/02_execution.ipynb #e0a00002
@@ -196,7 +197,7 @@ def kind_and_message(error: Exception) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
-def execute_task(task: Task, sockets: Path, patience: float = 600.0) -> None:
+def execute_task(task: Task, sockets: Path, patience: float = 600.0, **options) -> None:
     "Execute a task in this process, or wait while another one does. Raises `StudyError` if that one falls silent."
     folder, partial = Path(task.folder), task.hidden("partial.ipynb")
     with full_disk_as_error(folder), locked(folder, patience, ".executor.lock"):
@@ -204,7 +205,7 @@ def execute_task(task: Task, sockets: Path, patience: float = 600.0) -> None:
             return
         try:
             require_parameters(Path(task.notebook))
-            (run_ranks if task.ranks > 1 else run_notebook)(task, partial, sockets)
+            (run_ranks if task.ranks > 1 else run_notebook)(task, partial, sockets, **options)
             os.replace(partial, task.output)
             seal_run(task)
         except Exception as error:
@@ -225,13 +226,13 @@ def seal_run(task: Task) -> None:
         write_manifest(folder)
 
 # %% ../../nbs/study/02_execution.ipynb #7fdd1066
-def kill_descendants(family: str) -> None:
-    "Kill every process but this one that was born into the family, until none is left."
+def kill_descendants(family: str, leader: int) -> None:
+    "Kill every process but this one that was born into the family or belongs to its leader, until none is left."
     def members() -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):  # gone meanwhile, or somebody else's
-                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE \
-                        and process.environ().get("ECHOCHAMBER_FAMILY") == family:
+            with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or somebody else's
+                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and (
+                        os.getsid(process.pid) == leader or process.environ().get("ECHOCHAMBER_FAMILY") == family):
                     yield process
     while found := list(members()):
         for process in found:
@@ -239,17 +240,7 @@ def kill_descendants(family: str) -> None:
                 process.kill()
         time.sleep(0.02)  # not psutil's wait: it would collect the exit status that belongs to their parent
 
-# %% ../../nbs/study/02_execution.ipynb #bd251b7b
-def close_executor(process: subprocess.Popen, family: str) -> None:
-    "Let go of the lifeline, upon which an executor ends itself and its family; one that is past listening is ended."
-    process.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
-    if process.returncode != 0:
-        kill_descendants(family)
-    process.wait()
-
-
+# %% ../../nbs/study/02_execution.ipynb #bd251c00
 def new_log(task: Task) -> BinaryIO:
     "A log of its own for every executor, even where another one still writes to the last."
     task.hidden("log").parent.mkdir(parents=True, exist_ok=True)
@@ -257,30 +248,45 @@ def new_log(task: Task) -> BinaryIO:
     return task.hidden("log").open("w+b")
 
 
-def start_executor(task: Task, environment: dict[str, str], log: BinaryIO) -> subprocess.Popen:
+def start_executor(task: Task, environment: dict[str, str], log: BinaryIO,
+                   cancelled: Callable[[], bool] = lambda: False) -> subprocess.Popen | ForkedExecutor:
     "Start an executor and hand it its task; what it or its kernel print goes to the log."
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", "from echochamber.study.execution import executor_main; executor_main()"],
-        stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
+    orders = [asdict(task)]
+    if task.ranks == 1 and (process := fork_executor(log, cancelled)):
+        orders = [environment, *orders]
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from echochamber.study.execution import executor_main; executor_main()"],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
     with contextlib.suppress(BrokenPipeError):  # died at birth; its log says why
-        os.write(process.stdin.fileno(), json.dumps(asdict(task)).encode() + b"\n")
+        os.write(process.stdin.fileno(), b"".join(json.dumps(order).encode() + b"\n" for order in orders))
     return process
 
 # %% ../../nbs/study/02_execution.ipynb #e6077a0e
+def close_executor(process: subprocess.Popen | ForkedExecutor, family: str) -> None:
+    "Let go of the lifeline, upon which an executor ends itself and its family; one that is past listening is ended."
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    if process.returncode != 0:
+        kill_descendants(family, process.pid)
+    process.wait()
+
+
 def end_with_parent(family: str) -> None:
     "Block until the parent is gone or hangs up, then end this process and everything it started."
     os.read(0, 1)
-    kill_descendants(family)
+    kill_descendants(family, os.getsid(0))
     shutil.rmtree(family, ignore_errors=True)
     os._exit(1)
 
 
-def executor_main() -> None:
+def executor_main(**options) -> None:
     "The executor: execute the task on standard input, end with its parent, leave a failure in the family's folder."
     task, family = Task(**json.loads(sys.stdin.readline())), os.environ["ECHOCHAMBER_FAMILY"]
     threading.Thread(target=end_with_parent, args=[family], daemon=True).start()
     try:
-        execute_task(task, Path(family))
+        execute_task(task, Path(family), **options)
     except Exception as error:
         record_failure(Path(family, "failure.json"), *kind_and_message(error))
         raise SystemExit(1) from None
@@ -305,7 +311,7 @@ def launch(task: Task, cancelled: Callable[[], bool] = lambda: False, **environm
     with (full_disk_as_error(Path(task.folder)), new_log(task) as log,
           tempfile.TemporaryDirectory(prefix="echochamber-", dir=socket_home()) as family):
         born = {"ECHOCHAMBER_FAMILY": family, "PYTHONPATH": module_path(family)}
-        process = start_executor(task, os.environ | task.environment | environment | born, log)
+        process = start_executor(task, os.environ | task.environment | environment | born, log, cancelled)
         try:
             while (status := process.poll()) is None and not cancelled():
                 time.sleep(0.1)

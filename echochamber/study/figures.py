@@ -27,7 +27,7 @@ from ..data.problems import Problem, generate_problems, out_of_distribution
 from ..grading.errors import with_errors
 from ..grading.styles import with_styles
 from .conditions import TRAINED_BY, Condition, condition_labels, runs_of, section_stage
-from .execution import launch, run_task
+from .graph import execute
 from .presets import find_preset
 from .runs import Run, finished_run, open_run
 from .stages import EvaluateConfig, completions_sampled
@@ -353,13 +353,12 @@ def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[s
 
     Raises `StudyError` if one fails, or no results of the preset are shipped."""
     find_preset(preset)
-    lines, there = {}, [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset)]
-    if not (names or there):
+    if not (names := names or [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset)]):
         raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
                          "figures of your own")
-    for name in names or there:
-        run = figure_run(FIGURES[name], preset)
-        if not run.done:
-            launch(run_task(run))
-        lines[name] = publish(run, ship=True)
+    drawings = [figure_run(FIGURES[name], preset) for name in names]
+    try:
+        execute(drawings)
+    finally:
+        lines = {drawing.config.figure: publish(drawing, ship=True) for drawing in drawings if drawing.done}
     return lines

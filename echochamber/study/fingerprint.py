@@ -26,10 +26,24 @@ class _DropProse(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
+        node.values = [one for one in node.values if getattr(one, "value", None) != ""]  # some versions add these
+        return self.generic_visit(node)
+
+
+def _written(node: ast.AST | list | object) -> list | str:
+    "A syntax tree as nested lists; what a node does not have, or this version of Python does not know, is left out."
+    if isinstance(node, list):
+        return [_written(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = [[name, _written(value)] for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return [type(node).__name__, *parts]
+
 
 def program_text(source: str) -> str:
-    "The source without comments, layout and docstrings: what is left decides what it does."
-    return ast.unparse(_DropProse().visit(ast.parse(source)))
+    "The source without comments, layout and docstrings: what is left decides what it does, on any version of Python."
+    return json.dumps(_written(_DropProse().visit(ast.parse(source))))
 
 # %% ../../nbs/study/00_fingerprint.ipynb #bc824ed5
 def imported_modules(source: str, module: str = "") -> set[str]:

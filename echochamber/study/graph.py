@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,8 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core import StudyError
-from .execution import SESSION, THREADS, Task, launch, run_task
+from .execution import SESSION, THREADS, Task, kernel_environment, launch, module_path, run_task
 from .fingerprint import cores
+from .fork_server import fork_server
 from .runs import Run, read_progress, require_intact, require_outputs
 
 # %% ../../nbs/study/08_graph.ipynb #97e1f5c5
@@ -321,9 +323,12 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     require_outputs()
     workers, local = workers or default_workers(), not (scheduler or slurm)
     display = Display(jobs, workers, console or Console())
-    threads = share_cores(runs, workers, cores()) if local else {}
-    with dask_client(workers, scheduler, slurm) as client, display.bars:
+    threads, gpus = (share_cores(runs, workers, cores()), visible_gpus()) if local else ({}, [])
+    forks = local and not gpus and len(jobs) > 1 and sys.platform == "linux"
+    born = kernel_environment(threads=1) | {"PYTHONPATH": module_path()}
+    with (fork_server(born) if forks else contextlib.nullcontext(), dask_client(workers, scheduler, slurm) as client,
+          display.bars):
         if not local and not client.scheduler_info()["workers"]:
             display.console.print("No worker has come yet; the runs start when one does.", highlight=False)
-        run_jobs(jobs, client, visible_gpus() if local else [], threads, lambda: refresh(display))
+        run_jobs(jobs, client, gpus, threads, lambda: refresh(display))
     return len(jobs)
