@@ -9,7 +9,7 @@ import pytest
 from pretended_runs import pretend_runs
 
 from echochamber.core import StudyError, project_root
-from echochamber.study.conditions import Condition
+from echochamber.study.conditions import Condition, condition_labels
 from echochamber.study.figures import FIGURES, figure_run, table_file, write_table
 from echochamber.study.reading import (
     ACCURACY,
@@ -124,15 +124,45 @@ def test_a_model_that_never_moves_is_not_reproduced(shipped):
     assert verdict.status == "not reproduced" and [one["holds"] for one in verdict.predictions] == [False] * 5
 
 
+def relabel(name: str, shipped, table_of) -> dict:
+    "Tables of a figure's conditions from few problems of the shipped ones, as `table_of` changes them; the names of its notebook."
+    grpo = pd.read_parquet(SHIPPED / "grpo.parquet")
+    few = grpo[(grpo.problem < 40) & grpo.step.isin((0, 120))].astype({"format": str, "outcome": str})
+    for condition in FIGURES[name].conditions:
+        write_table(table_file(condition, "laptop"), table_of(condition, few).assign(**condition_labels(condition)))
+        for part in ("_training", "_costs"):
+            rows = pd.read_parquet(SHIPPED / f"grpo{part}.parquet").assign(**condition_labels(condition))
+            write_table(table_file(condition, "laptop", part), rows)
+    return run_cells(name)
+
+
 def test_a_control_that_moves_as_far_refutes_the_comparison(shipped):
     "The algorithms figure on tables where supervised fine-tuning ends where GRPO does."
-    tables = {one.algorithm: pd.read_parquet(table_file(one, "laptop")) for one in FIGURES["algorithms"].conditions}
-    tables["sft"] = tables["grpo"][tables["grpo"].step == 120].assign(condition="sft-pretraining0", algorithm="sft")
-    for algorithm, table in tables.items():
-        few = table[(table.problem < 40) & ~table.step.isin((4, 8, 24, 40, 60, 90))]
-        write_table(shipped / f"{algorithm}-pretraining0.parquet", few)
-    verdict = run_cells("algorithms")["verdict"]
+    verdict = relabel("algorithms", shipped, lambda condition, rows: rows[rows.step == 120] if condition.algorithm == "sft" else rows)["verdict"]
     assert verdict.status == "not reproduced" and "GRPO" in verdict.refuted_by and not verdict.predictions[0]["holds"]
+
+
+def test_a_winner_that_size_does_not_change_is_no_flip(shipped):
+    "The scale figure where every size ends alike, and where the three larger ones end with prose instead."
+    same = relabel("scale", shipped, lambda condition, rows: rows)
+    assert not same["inside"] and not any(one["holds"] for one in same["verdict"].predictions[:3])
+
+    def by_size(condition, rows):
+        swapped = {"tinygsm": "omi2", "omi2": "tinygsm"} if condition.decoder in ("default", "x3", "x9") else {}
+        return rows.assign(format=rows.format.where(rows.step == 0, rows.format.replace(swapped)))
+    flipped = relabel("scale", shipped, by_size)
+    assert all(one["holds"] for one in flipped["verdict"].predictions[:3]), flipped["verdict"].table.to_string()
+    assert 0.225 < flipped["flip"].value < 0.338
+
+
+def test_rl_that_teaches_nothing_transfers_nothing(shipped):
+    "The transfer figure where the end is the start: no gain, and none at the edge either."
+    def idle(condition, rows):
+        return pd.concat([rows[rows.step == 0].assign(step=step) for step in (0, 120)])
+    names = relabel("transfer", shipped, idle)
+    held = [one["holds"] for one in names["verdict"].predictions]
+    assert names["verdict"].status == "not reproduced" and not held[0] and held[2] is not False and not held[4]
+    assert all(table.value.abs().max() < 1e-9 for table in names["edges"].values()), "nothing regresses to the mean"
 
 
 def test_a_verdict_without_its_headline_is_not_reproduced():

@@ -5,26 +5,30 @@
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
            'read_shipped', 'read_own', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve', 'sweep',
-           'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'format_sums', 'format_distance',
-           'chance_of_decline', 'drawdown', 'status_of', 'within', 'all_within', 'Verdict', 'verdict_line',
-           'write_verdict', 'own_seed_line', 'place_of']
+           'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'problem_facts', 'among', 'over_seeds',
+           'crossing', 'gain_by_base', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'status_of',
+           'within', 'all_within', 'Verdict', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
+from scipy.optimize import isotonic_regression
 
 from ..core import StudyError, content_hash, write_json
 from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, paired_difference
+from ..grading.metrics import share as ratio
 from ..plots import caption
+from .conditions import Condition, runs_of
 from .presets import find_preset
-from .figures import TABLES, FigureConfig, condition_tables, read_json, table_file
+from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_json, table_file
 
 # %% ../../nbs/study/07_reading.ipynb #a191983c
 @dataclass(frozen=True)
@@ -210,6 +214,70 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
         frame_of = values.rename_axis("seed").rename("value").reset_index()
         parts.append(frame_of.assign(step=step, sampled=rows.sampled.max()))
     return pd.concat(parts[1:] or parts, ignore_index=True)
+
+# %% ../../nbs/study/07_reading.ipynb #a41667e9
+def problem_facts(condition: Condition, preset: str, count: int) -> pd.DataFrame:
+    """Operations (`level`) and kind of story (`family`) of the first problems that a condition is evaluated on.
+
+    Raises `StudyError` if they are not generated ones."""
+    problems = asked_problems(runs_of(condition, preset, 0)[-1].config, count)
+    return pd.DataFrame([(one.level, one.family) for one in problems], columns=["level", "family"])
+
+
+def among(results: Results, problems: Sequence[int]) -> Results:
+    "The same tables with the completions of these problems only."
+    keep = lambda frame: frame[frame.problem.isin(problems)] if len(frame) else frame
+    return replace(results, evaluation=keep(results.evaluation), own=keep(results.own))
+
+# %% ../../nbs/study/07_reading.ipynb #68851632
+def over_seeds(values: pd.Series) -> pd.Series:
+    "Mean of numbers, one per seed, with its interval: `value`, `low`, `high`; infinitely wide for a single seed."
+    values = values.dropna()
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.inf
+    return pd.Series({"value": values.mean(), "low": values.mean() - half, "high": values.mean() + half})
+
+# %% ../../nbs/study/07_reading.ipynb #a64204e1
+def crossing(table: pd.DataFrame, draws: int = 2000) -> pd.Series:
+    """Where a quantity that falls along the columns passes 0: `value`, and `low`, `high` over resampled seeds.
+
+    `table`: a row per seed, a column per size (positive, ascending). 0 or infinity: it never is above, or below."""
+    places, seeds = np.log(table.columns.to_numpy(float)), table.to_numpy(float)
+
+    def found(means: np.ndarray) -> float:
+        fit = isotonic_regression(means, increasing=False).x
+        if fit[0] <= 0 or fit[-1] > 0:
+            return 0.0 if fit[0] <= 0 else np.inf
+        return float(np.exp(np.interp(0, fit[::-1], places[::-1])))
+
+    mean, count = seeds.mean(axis=0), len(seeds)
+    if count == 1:
+        return pd.Series({"value": found(mean), "low": 0.0, "high": np.inf})
+    stretch = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * np.sqrt(count / (count - 1))
+    chosen = np.random.default_rng(0).integers(count, size=(draws, count))
+    drawn = [found(mean + stretch * (seeds[rows].mean(axis=0) - mean)) for rows in chosen]
+    low, high = (np.percentile(drawn, one, method=side) for one, side in ((2.5, "lower"), (97.5, "higher")))
+    return pd.Series({"value": found(mean), "low": low, "high": high})
+
+# %% ../../nbs/study/07_reading.ipynb #9c58c5b1
+def gain_by_base(before: pd.DataFrame, after: pd.DataFrame, k: int, edges: Sequence[float],
+                 against: int | None = None) -> pd.DataFrame:
+    """Change of pass@k of problems by the rate at which they were right before: `value`, `low`, `high`, `n` per bin.
+
+    Bin 0 holds rates up to `edges[0]`, the last one those above all `edges`; every other sample sorts, the others are
+    compared. `against`: how far the change in this bin exceeds those in all bins, instead."""
+    def counts(frame: pd.DataFrame, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        rows = frame[(frame["mode"] == "sampled") & frame["sample"].isin(sorted(frame["sample"].unique())[part])]
+        cells = (rows.outcome == "correct").groupby([rows.seed, rows.problem])
+        return cells.sum().unstack().to_numpy(), cells.size().unstack().to_numpy()  # right, samples [S, P]
+
+    both = set(before.seed) & set(after.seed)
+    before, after = (frame[frame.seed.isin(both)] for frame in (before, after))
+    sorting, compared, later = counts(before, np.s_[::2]), counts(before, np.s_[1::2]), counts(after, np.s_[1::2])
+    bins = np.searchsorted(edges, sorting[0] / sorting[1])[..., None] == np.arange(len(edges) + 1)  # [S, P, bins]
+    gains = (pass_at_k(*later, k) - pass_at_k(*compared, k))[..., None] * bins
+    of_bin = lambda totals: ratio(totals) if against is None else ratio(totals)[..., [against]] - ratio(totals)
+    value, low, high = crossed_interval(of_bin, np.stack([gains, bins], axis=2).astype(float))
+    return pd.DataFrame({"value": value, "low": low, "high": high, "n": bins.sum(axis=(0, 1))})
 
 # %% ../../nbs/study/07_reading.ipynb #d527f71d
 def format_sums(frame: pd.DataFrame, ks: Sequence[int]) -> np.ndarray:
