@@ -28,7 +28,7 @@ from ..grading.errors import with_errors
 from ..grading.styles import with_styles
 from .conditions import TRAINED_BY, Condition, condition_labels, runs_of, section_stage
 from .graph import execute
-from .presets import find_preset
+from .presets import GENERATED_MIXTURES, find_preset
 from .runs import Run, finished_run, open_run
 from .stages import EvaluateConfig, completions_sampled
 
@@ -160,12 +160,12 @@ def as_trained(condition: Condition) -> Condition:
 
 
 def foretold(figures: dict[str, Figure]) -> tuple[Condition, ...]:
-    """Conditions of these figures whose shares are those of RL from the whole pretraining, graded by our grader; of
-    those that share their training the first."""
+    """Conditions of these figures with several formats, whose shares are those of RL from the whole pretraining, graded
+    by our grader; of those that share their training the first."""
     kept: dict[Condition, Condition] = {}
     for one in (one for figure in figures.values() for one in figure.conditions):
         if (one.algorithm != "sft" and one.precision == "default" and not (one.start or one.supervised_first)
-                and ("grader", "released") not in one.changes):
+                and ("grader", "released") not in one.changes and len(GENERATED_MIXTURES[one.mixture]()) > 1):
             kept.setdefault(as_trained(one), one)
     return tuple(kept.values())
 
