@@ -41,12 +41,14 @@ def _written(node: ast.AST | list | object) -> list | str:
     return [type(node).__name__, *parts]
 
 
+@lru_cache
 def program_text(source: str) -> str:
     "The source without comments, layout and docstrings: what is left decides what it does, on any version of Python."
     return json.dumps(_written(_DropProse().visit(ast.parse(source))))
 
 # %% ../../nbs/study/00_fingerprint.ipynb #bc824ed5
-def imported_modules(source: str, module: str = "") -> set[str]:
+@lru_cache
+def imported_modules(source: str, module: str = "") -> frozenset[str]:
     "Dotted names that a source text may import; relative imports are resolved against the `module` they stand in."
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -56,7 +58,7 @@ def imported_modules(source: str, module: str = "") -> set[str]:
             above = module.split(".")[:-node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 # %% ../../nbs/study/00_fingerprint.ipynb #5dec9da8
 def _module_file(name: str) -> Path | None:
@@ -67,7 +69,7 @@ def _module_file(name: str) -> Path | None:
 
 def reachable_sources(source: str, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
     "Program text of every module of the project that a source leads to, by name; those named in `leave_out` apart."
-    found, waiting = {}, imported_modules(source)
+    found, waiting = {}, set(imported_modules(source))
     while waiting:
         name = waiting.pop()
         file = _module_file(name)

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from typing import BinaryIO, NoReturn
 
-from .fingerprint import code_version
+from ..core import StudyError
+from .fingerprint import code_version, notebooks_folder
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50022
 PRELOADED = ("papermill", "ipykernel.kernelapp", "ipykernel.debugger", "matplotlib.pyplot", "seaborn",
@@ -43,6 +44,9 @@ def serve(parent: int) -> None:
     born_with = dict(os.environ)
     for name in PRELOADED:
         importlib.import_module(name)
+    for notebook in notebooks_folder().glob("experiments/*.ipynb"):
+        with contextlib.suppress(StudyError):
+            code_version(notebook)  # reads and parses every module, which its children need not do again
     _set_by_imports.update((name, value) for name, value in os.environ.items() if born_with.get(name) != value)
     if (threads := os.listdir("/proc/self/task"))[1:]:
         raise SystemExit(f"{len(threads)} threads after the imports; a process can be forked safely if it has one")
