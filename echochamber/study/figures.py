@@ -6,7 +6,7 @@
 __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', 'TABLES', 'PICTURES', 'tuned', 'Figure', 'by_name',
            'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching', 'as_trained',
            'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame', 'training_frame',
-           'read_json', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
+           'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
            'condition_tables', 'collect', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder',
            'picture_file', 'verdict_file', 'publish', 'redraw']
 
@@ -230,11 +230,17 @@ def read_json(file: Path) -> dict:
         return {}
 
 
+def machine_of(provenance: dict) -> str:
+    "What a run was computed on: its GPU, or else its processor."
+    hardware = provenance.get("hardware", {})
+    return next(iter(hardware.get("gpus") or [hardware.get("processor", "")]))
+
+
 def cost_frame(run: Run, labels: dict) -> pd.DataFrame:
-    "What a run cost, one row: seconds over all attempts, and the tokens it trained on or wrote."
+    "What a run cost, one row: seconds over all attempts, the tokens it trained on or wrote, and on which machine."
     paid = read_json(run.folder / "provenance.json")
     return pd.DataFrame([{"stage": run.stage, "reference": run.reference, "seconds": paid.get("seconds"),
-                          "tokens": paid.get("tokens"), **labels}])
+                          "tokens": paid.get("tokens"), "machine": machine_of(paid), **labels}])
 
 # %% ../../nbs/study/06_figures.ipynb #9434cf5f
 def write_table(file: Path, table: pd.DataFrame) -> None:
@@ -259,7 +265,7 @@ def provenance_of(condition: Condition, runs: Sequence[Run]) -> dict:
     return {"condition": condition.model_dump(mode="json", exclude_defaults=True), **seeds,
             "code": {run.stage: one.get("code") for run, one in zip(runs, told, strict=True)},
             "revisions": sorted({(one.get("git") or {}).get("revision", "") for one in told}),
-            "processors": sorted({one.get("hardware", {}).get("processor", "") for one in told}),
+            "processors": sorted(set(map(machine_of, told))),
             "finished": max((one.get("finished") or "" for one in told), default="")}
 
 # %% ../../nbs/study/06_figures.ipynb #883ab1ba

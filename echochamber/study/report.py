@@ -95,7 +95,10 @@ def cost_sentence(figure: Figure, preset: str) -> str:
     if known:
         runs = pd.concat(known).drop_duplicates("reference")
         untold = f" ({counted(missing, 'run')} untold)" if (missing := int(runs.seconds.isna().sum())) else ""
-        said.append(f"Measured: {counted(len(runs), 'run')}, {runs.seconds.sum() / 3600:.1f} hours{untold}, "
+        where = runs.get("machine", pd.Series("", runs.index)).fillna("")
+        hours = [f"{seconds / 3600:.1f} hours{f' on {machine}' if machine else ''}"
+                 for machine, seconds in runs.seconds.groupby(where.astype(str)).sum().items()]
+        said.append(f"Measured: {counted(len(runs), 'run')}, {' and '.join(hours)}{untold}, "
                     f"{runs.tokens.sum() / 1e6:.0f} million tokens read or written.")
     if expected is not None:
         time = f"{60 * expected:.0f} minutes" if expected < 2 else f"{expected:.1f} hours"
