@@ -62,7 +62,7 @@ def test_numbers_of_the_laptop_preset_are_those_of_the_shipped_results():
     assert pretraining.mixture.sources[1].style.wrong_families == ("saving", "packing", "reading", "baking")
     assert (pretraining.mixture.tokens, pretraining.mixture.seed, pretraining.batch_size) == (4_000_000, 0, 16)
     assert (pretraining.fit.steps, pretraining.fit.optimiser.warmup, pretraining.fit.optimiser.learning_rate) == (2000, 100, 6e-3)
-    assert pretraining.decoder.num_parameters == 337_920
+    assert pretraining.decoder.num_parameters == 278_528
     rollouts, fit = tuned.algorithm.rollouts, tuned.algorithm.fit
     assert (rollouts.prompts, rollouts.samples, rollouts.train_batch, rollouts.sampling.temperature) == (32, 8, 128, 1.0)
     assert (fit.steps, fit.optimiser.learning_rate, fit.optimiser.warmup, tuned.questions) == (120, 3e-4, 4, 1024)
