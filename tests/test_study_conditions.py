@@ -60,8 +60,8 @@ def test_numbers_of_the_laptop_preset_are_those_of_the_shipped_results():
         ("mini-tinygsm", 0.28, 0), ("mini-omi1", 0.37, 0), ("mini-omi2", 0.35, 0)]
     assert pretraining.mixture.sources[0].style.random_errors == 0.1
     assert pretraining.mixture.sources[1].style.wrong_families == ("saving", "packing", "reading", "baking")
-    assert (pretraining.mixture.tokens, pretraining.mixture.seed, pretraining.batch_size) == (4_000_000, 0, 16)
-    assert (pretraining.fit.steps, pretraining.fit.optimiser.warmup, pretraining.fit.optimiser.learning_rate) == (2000, 100, 6e-3)
+    assert (pretraining.mixture.tokens, pretraining.mixture.seed, pretraining.batch_size) == (4_000_000, 0, 8)
+    assert (pretraining.fit.steps, pretraining.fit.optimiser.warmup, pretraining.fit.optimiser.learning_rate) == (4000, 100, 6e-3)
     assert pretraining.decoder.num_parameters == 278_528
     rollouts, fit = tuned.algorithm.rollouts, tuned.algorithm.fit
     assert (rollouts.prompts, rollouts.samples, rollouts.train_batch, rollouts.sampling.temperature) == (32, 8, 128, 1.0)
