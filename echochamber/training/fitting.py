@@ -137,6 +137,7 @@ class MetricHistory(LateReader):
             self.read()
 
     def on_fit_end(self, trainer, module):  # also after a resume point of the last step, unlike `on_train_end`
+        self.read()
         if trainer.is_global_zero:
             write_frame(self.path, pd.DataFrame(self.rows))  # one row per optimiser step, one column per metric
         trainer.strategy.barrier()  # every process reads it
