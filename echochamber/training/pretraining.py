@@ -59,7 +59,7 @@ class Pretraining(L.LightningModule):
     def on_before_optimizer_step(self, optimizer):
         now = time.perf_counter()
         self.log("loss", self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
-        self.log("tokens_per_second", torch.tensor(world_size() * self.tokens / (now - self.clock)))  # stays on the host
+        self.log("tokens_per_second", torch.tensor(world_size() * self.tokens / (now - self.clock)))  # of the host
         self.losses, self.tokens, self.clock = [], 0, now
 
     def configure_optimizers(self):
