@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echochamber.models import decoder as decoder_module
 from echochamber.models import engine
 from echochamber.models.decoder import Decoder, DecoderConfig, token_log_probs
 from echochamber.models.engine import ENGINES, RECORDERS, record_operations, row_bucket, rows_that_fit, static_decode
@@ -198,3 +199,19 @@ def test_the_order_of_a_capture_on_a_pretended_gpu(monkeypatch):
     assert rows_that_differ(generate(decoder_of(0), prompts, 4, sampling, seeds=3), found) == 0
     assert captures == [{"pool": 7, "stream": stream}] * len(ENGINES[0].recordings) and len(captures) > 1
     assert len(PretendGraph.waits) == 2 * len(captures) and PretendGraph.waits[1::2] == [stream] * len(captures)
+
+
+def test_only_a_large_bucket_may_build_a_kernel_for_its_shape(monkeypatch):
+    allowed, attend = {}, decoder_module.fused_attention
+
+    def fused_attention(query, key, value, **options):
+        allowed.setdefault(key.nbytes + value.nbytes, set()).add(decoder_module.SHAPES_COME_AGAIN)
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(decoder_module, "fused_attention", fused_attention)
+    monkeypatch.setattr(engine, "BYTES_WORTH_A_KERNEL", 2**20)
+    for path in (static_decode, decode):
+        generate(decoder_of(0), prompts_of(30), 8, SamplingConfig(max_new_tokens=100), decode=path)
+        assert all(found == {path is static_decode and size >= 2**20} for size, found in allowed.items())
+        assert max(allowed) >= 2**20 > min(allowed)
+        allowed.clear()

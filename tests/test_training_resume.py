@@ -3,12 +3,14 @@ import os
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from echochamber.core import StudyError
 from echochamber.data.corpora import MIXTURES, MixtureConfig, build_corpus
@@ -183,3 +185,24 @@ def test_a_missing_compiler_is_named(tmp_path):
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         with pytest.raises(StudyError, match=r"install a C\+\+ compiler .*`compiled`"):
             pretraining(tmp_path, lambda *_: None, compiled=True)
+
+
+class Readings(TorchDispatchMode):
+    "Counts how often a number is asked of a tensor, which on a GPU waits for all work before it."
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*arguments, **(named or {}))
+
+
+def test_pretraining_reads_numbers_late_and_together(tmp_path):
+    model, fit = untrained_decoder(), FitConfig(optimiser=OptimiserConfig(horizon=40), steps=40, checkpoint_every=100, precision="32-true")
+    within, reported = [], []
+    with Readings() as readings:
+        history = pretrain(model, pretraining_data(), fit, tmp_path, report=lambda *told: within.append(readings.count) or reported.append(told))
+    assert len(history) == len(reported) == 40 and reported[-1][-1] == f"loss {history.loss.iloc[-1]:.3f}"
+    asked = [after - before for before, after in pairwise(within)]
+    assert sum(count > 0 for count in asked) <= 10 and sum(asked) <= 2 * 40   # loss and speed of every step, once a second or at the end
+    logged = pd.read_csv(next(tmp_path.glob("logs/csv/*/metrics.csv")))
+    assert logged.loss.round(5).tolist() == history.loss.round(5).tolist() and logged.step.tolist() == history.step.tolist()

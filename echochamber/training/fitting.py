@@ -70,25 +70,74 @@ def make_optimiser(parameters: Iterable[torch.nn.Parameter | dict], config: Opti
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, config))
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-# %% ../../nbs/training/01_fitting.ipynb #6c236cf9
-class MetricHistory(L.Callback):
-    "Keeps the logged metrics of every optimiser step as rows; part of the checkpoint, and at the end a file."
+# %% ../../nbs/training/01_fitting.ipynb #6c236cfd
+LOGGED_POINTS = 500
 
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
+
+def log_rows(rows: list[dict], trainer: L.Trainer) -> None:
+    "Give rows of numbers to the loggers of `trainer`: every one, or in a long run some and the last."
+    every = -(-trainer.max_steps // LOGGED_POINTS)
+    for logger in trainer.loggers:
+        for row in rows:
+            if row["step"] % every == 0 or row["step"] == trainer.max_steps:
+                logger.log_metrics({name: value for name, value in row.items() if name != "step"}, row["step"])
+        logger.save()
+
+
+def require_number(loss: float, step: int) -> None:
+    "Raises `StudyError` if the loss after `step` optimiser steps is not finite."
+    if not math.isfinite(loss):
+        raise StudyError(f"the loss is {loss} after step {step}; lower the learning rate, "
+                         "the metrics up to here show what grew")
+
+# %% ../../nbs/training/01_fitting.ipynb #6c236cfc
+class LateReader(L.Callback):
+    "Keeps what is logged at every optimiser step, and turns it into rows of numbers every `pause` seconds."
+
+    def __init__(self, pause: float):
+        self.pause, self.rows, self.unread, self.read_at, self.trainer = pause, [], [], -math.inf, None
+
+    def setup(self, trainer, module, stage):
+        self.trainer = trainer
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        if trainer.global_step > (self.rows[-1]["step"] if self.rows else 0):
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.rows.append({"step": trainer.global_step, **metrics})
+        step, last = trainer.global_step, (self.unread or self.rows or [{"step": 0}])[-1]
+        if step > last["step"]:  # else amid an accumulation
+            self.unread.append({"step": step, **trainer.callback_metrics})
+            due = time.monotonic() - self.read_at >= self.pause if trainer.world_size == 1 else step % 16 == 0
+            if due or step == trainer.max_steps:
+                self.read()
+
+    def read(self) -> None:
+        "Read what is not yet read, and log it. Raises `StudyError` if a loss is not a number."
+        rows = [{name: value if name == "step" else float(value) for name, value in row.items()} for row in self.unread]
+        self.rows, self.unread, self.read_at = self.rows + rows, [], time.monotonic()
+        if self.trainer is not None:
+            log_rows(rows, self.trainer)
+        for row in rows:
+            require_number(row.get("loss", 0.0), row["step"] - 1)
+
+# %% ../../nbs/training/01_fitting.ipynb #6c236cf9
+class MetricHistory(LateReader):
+    "Keeps the logged metrics of every optimiser step as rows; part of the checkpoint, and at the end a file."
+
+    def __init__(self, path: Path, pause: float = 1.0):
+        super().__init__(pause)
+        self.path = path
 
     def state_dict(self) -> dict:
+        self.read()
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict):
         self.rows = state["rows"]
 
+    def on_exception(self, trainer, module, exception):
+        if isinstance(exception, StudyError):  # the logs show what led to it
+            self.read()
+
     def on_fit_end(self, trainer, module):  # also after a resume point of the last step, unlike `on_train_end`
+        self.read()
         if trainer.is_global_zero:
             write_frame(self.path, pd.DataFrame(self.rows))  # one row per optimiser step, one column per metric
         trainer.strategy.barrier()  # every process reads it
@@ -175,17 +224,17 @@ def logarithmic_steps(steps: int, points: int = 15, decades: float = 2.1, extend
 
 # %% ../../nbs/training/01_fitting.ipynb #3d0bf33d
 class ProgressCallback(L.Callback):
-    "Tells `report(done, total, message)` after every optimiser step; `metric` names what the message shows."
+    "Tells `report(done, total, message)` after every optimiser step; the message shows `metric` of the `history`."
 
-    def __init__(self, report: Callable[[int, int, str], None], metric: str):
-        self.report, self.metric, self.told = report, metric, 0
+    def __init__(self, report: Callable[[int, int, str], None], metric: str, history: MetricHistory):
+        self.report, self.metric, self.history, self.told = report, metric, history, 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         if trainer.global_step == self.told:
             return  # amid an accumulation
         self.told = trainer.global_step
-        value = trainer.callback_metrics.get(self.metric)
-        self.report(self.told, trainer.max_steps, f"{self.metric} {float(value):.3f}" if value is not None else "")
+        value = self.history.rows[-1].get(self.metric) if self.history.rows else None
+        self.report(self.told, trainer.max_steps, f"{self.metric} {value:.3f}" if value is not None else "")
 
 # %% ../../nbs/training/01_fitting.ipynb #d147cd1d
 def fast_bf16(device: str | torch.device = "cpu") -> bool:
@@ -276,7 +325,7 @@ def make_trainer(config: FitConfig, folder: Path, callbacks: list[L.Callback]) -
         gradient_clip_val=config.optimiser.clip_norm, strategy=LaunchedStrategy() if launched > 1 else "auto",
         callbacks=[*callbacks, *([RecomputeCallback()] if config.recompute_activations else [])],
         plugins=[AtomicCheckpointIO(), *([LaunchedEnvironment()] if launched > 1 else [])],
-        logger=make_loggers(folder), log_every_n_steps=1, use_distributed_sampler=False,
+        logger=make_loggers(folder), log_every_n_steps=0, use_distributed_sampler=False,  # `MetricHistory` feeds them
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 # %% ../../nbs/training/01_fitting.ipynb #af5f059d
@@ -310,17 +359,18 @@ def fit(module: L.LightningModule, data, config: FitConfig, folder: Path, callba
 
     `data`: a `LightningDataModule`, or any sized iterable of micro-batches that starts at the trainer's step.
     Returns the history: one row per optimiser step. Raises `StudyError` for a damaged resume point, for data that
-    run out before the last step, for processes that a notebook with a GPU cannot start, and for a missing compiler."""
+    run out before the last step, for a loss that is no longer a number, for processes that a notebook with a GPU cannot
+    start, and for a missing compiler."""
     quiet_lightning()
     refuse_forks_of_a_gpu(config.processes)
     folder = Path(folder)
-    resume, history = folder / "resume.ckpt", folder / "logs" / "history.parquet"
-    callbacks = [*callbacks, MetricHistory(history), ResumePoint(resume, config.checkpoint_every)]
+    resume, history = folder / "resume.ckpt", MetricHistory(folder / "logs" / "history.parquet")
+    callbacks = [*callbacks, history, ResumePoint(resume, config.checkpoint_every)]
     if report is not None:
-        callbacks.append(ProgressCallback(report, metric))
+        callbacks.append(ProgressCallback(report, metric, history))
     trainer = make_trainer(config, folder, callbacks)
     run_trainer(trainer, module, data, resume if resume.exists() else None)
-    rows = pd.read_parquet(history)
+    rows = pd.read_parquet(history.path)
     if (reached := int(rows.step.max()) if len(rows) else 0) < config.steps:
         raise StudyError(f"{folder}: training ended at step {reached} of {config.steps}; "
                          "the data ran out, ask for more tokens or fewer steps")

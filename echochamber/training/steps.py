@@ -35,6 +35,16 @@ def sampler_gap(metrics: dict[str, float], first_step: bool) -> dict[str, float]
     first = 1.0 if first_step else float("nan")
     return {"sampler_gap": first * metrics["log_ratio_abs"], "sampler_gap_max": first * metrics["log_ratio_abs_max"]}
 
+# %% ../../nbs/training/10_steps.ipynb #41590733
+def on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The same values where they can be gathered; waits until a GPU has computed them."
+    return {name: value.cpu() for name, value in values.items()}
+
+
+def without_gradient(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The same values, where they are."
+    return {name: value.detach() for name, value in values.items()}
+
 # %% ../../nbs/training/10_steps.ipynb #94e81114
 class LoggedModule(L.LightningModule):
     "Clips the gradient of each network by itself, and logs every optimiser step once."
@@ -56,17 +66,13 @@ class LoggedModule(L.LightningModule):
 
     def optimizer_step(self, epoch, batch_index, optimizer, closure):
         optimizer.step(closure=closure)  # includes the forward and backward pass of the step's last micro-batch
-        metrics = step_metrics([part for parts in gather(self.parts) for part in parts]) | self.rollout_metrics
+        mine = [tuple(map(on_cpu, part)) for part in self.parts]  # not before: nothing within a step waits for a GPU
+        metrics = step_metrics([part for parts in gather(mine) for part in parts]) | self.rollout_metrics
         if "log_ratio_abs" in metrics:
             metrics |= sampler_gap(metrics, self.first_step)
         seconds, self.parts = time.perf_counter() - self.started, []
         metrics |= {"seconds_train": seconds, "tokens_per_second_train": metrics["tokens"] / seconds}
         self.log_dict(metrics | {"learning_rate": optimizer.param_groups[0]["lr"]})
-
-# %% ../../nbs/training/10_steps.ipynb #41590733
-def on_cpu(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The same values without their gradient, where they can be gathered."
-    return {name: value.detach().cpu() for name, value in values.items()}
 
 # %% ../../nbs/training/10_steps.ipynb #eb9eeba2
 class WeightedLossModule(LoggedModule):
@@ -86,7 +92,7 @@ class WeightedLossModule(LoggedModule):
         if not self.parts:
             self.started = time.perf_counter()
         losses, statistics = self.compute_loss(batch)
-        self.parts.append((on_cpu(losses), on_cpu(statistics)))
+        self.parts.append((without_gradient(losses), without_gradient(statistics)))
         self.rollout_metrics, self.first_step = batch.get("rollout_metrics", {}), batch.get("first_step", False)
         return sum(losses.values()) * self.config.accumulate * world_size()
 
