@@ -228,13 +228,15 @@ def seal_run(task: Task) -> None:
 # %% ../../nbs/study/02_execution.ipynb #7fdd1066
 def kill_descendants(family: str, leader: int) -> None:
     "Kill every process but this one that was born into the family or belongs to its leader, until none is left."
+    killed = set()  # a process that dies has lost its environment before it lets go of its files
     def members() -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or somebody else's
-                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and (
-                        os.getsid(process.pid) == leader or process.environ().get("ECHOCHAMBER_FAMILY") == family):
+            with contextlib.suppress(psutil.Error, OSError, KeyError):  # gone meanwhile, or somebody else's
+                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and (process in killed
+                        or os.getsid(process.pid) == leader or process.environ()["ECHOCHAMBER_FAMILY"] == family):
                     yield process
     while found := list(members()):
+        killed.update(found)
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
