@@ -98,16 +98,14 @@ def test_a_forked_pretraining_has_the_same_bits(place, monkeypatch):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("victim", "sentence"), [
-    (0, "its process ended with signal SIGKILL"), (2, "its kernel died")], ids=["guard", "kernel"])
-def test_whoever_is_killed_is_told_and_leaves_nobody(session, place, victim, sentence):
+def test_a_killed_guard_is_told_and_leaves_nobody(session, place):
     family = sorted((one for one in family_at_the_gate(place, session) if "time.sleep(300)" not in " ".join(one.cmdline())),
                     key=lambda one: len(one.parents()))
     assert len(family) == 3 and os.getsid(family[2].pid) == family[0].pid
     everyone = [*family, *family[0].children(recursive=True)]
-    family[victim].kill()
+    family[0].kill()
     _, complaint = session.communicate(timeout=60)
-    assert session.returncode == 1 and sentence in " ".join(complaint.split()) and "Traceback" not in complaint
+    assert session.returncode == 1 and "its process ended with signal SIGKILL" in " ".join(complaint.split()) and "Traceback" not in complaint
     wait_for(lambda: not any(map(alive, everyone)), 30)
     (place / "gate").touch()
     again = start_session(gate=str(place / "gate"))
@@ -147,13 +145,6 @@ def test_forks_leave_nothing_behind(place, server):
         before = before if number else state()
     wait_for(lambda: not psutil.Process(server.pid).children(), 5)
     assert state() == before
-
-
-def test_a_session_without_standard_streams(place):
-    (place / "gate").touch()
-    session = start_session(gate=str(place / "gate"), preexec_fn=lambda: [os.close(stream) for stream in (0, 1, 2)])
-    session.wait(timeout=180), session.communicate()
-    assert finished(place, "first", "second", "third")
 
 
 def test_a_server_with_two_threads_refuses(place):
