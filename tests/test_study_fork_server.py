@@ -21,7 +21,7 @@ from echochamber.study.runs import Run
 
 CENSUS = """
 import gc, hashlib, json, locale, logging, os, random, signal, sys, warnings
-import matplotlib, numpy, torch, torch._dynamo
+import matplotlib, numpy, pandas, torch, torch._dynamo
 import echochamber.study.figures
 import matplotlib.pyplot as plt
 from echochamber.study.fingerprint import code_version
@@ -33,7 +33,7 @@ found = {
     "text": [locale.getpreferredencoding(), sys.stdout.encoding], "order of a set": list(set("echochamber")),
     "threads": torch.__config__.parallel_info(), "sum": torch.arange(3e6).sqrt().sum().item().hex(),
     "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)],
-    "plots": matplotlib.get_backend(), "logging": logging.getLogger().level, "handlers": len(logging.getLogger().handlers),
+    "tables": [pandas.get_option(f"display.{name}") for name in ("max_columns", "width", "max_rows")], "plots": matplotlib.get_backend(), "logging": logging.getLogger().level, "handlers": len(logging.getLogger().handlers),
     "collector": [gc.isenabled(), gc.get_threshold()], "hashed": code_version.cache_info().currsize,
     "input": sys.stdin.read() if sys.stdin else None, "main": sys.modules["__main__"].__dict__ is globals()}
 plt.plot([0, 1]);

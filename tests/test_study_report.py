@@ -69,9 +69,9 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded(soup):
 
 @pytest.fixture
 def one_figure(tmp_path, monkeypatch) -> Path:
-    "An outputs folder in which only `precision` was published."
+    "An outputs folder in which only `errors` was published."
     monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path / "outputs"))
-    for file in ("results/laptop/precision.json", "figures/laptop/precision.svg"):
+    for file in ("results/laptop/errors.json", "figures/laptop/errors.svg"):
         (tmp_path / "outputs" / file).parent.mkdir(parents=True)
         shutil.copy(REPORT.parent / file, tmp_path / "outputs" / file)
     return tmp_path / "outputs"
@@ -79,23 +79,23 @@ def one_figure(tmp_path, monkeypatch) -> Path:
 
 def test_partial_results_make_a_report(one_figure):
     soup = BeautifulSoup(write_report().read_text(), "html.parser")
-    assert [article["id"] for article in soup.find_all("article")] == ["precision"]
+    assert [article["id"] for article in soup.find_all("article")] == ["errors"]
     assert FIGURES["convergence"].title in soup.find(id="findings").get_text()
     assert all((one_figure / link["href"].split("#")[0]).exists() for link in soup.find_all("a")
                if link["href"][0] != "#" and "://" not in link["href"])
 
 
 def test_texts_are_no_markup(one_figure):
-    file = verdict_file("precision", "laptop", ship=True)
+    file = verdict_file("errors", "laptop", ship=True)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"finding": "a <b>bold</b> claim & more"}))
     assert "A &lt;b&gt;bold&lt;/b&gt; claim &amp; more." in report()
 
 
 @pytest.mark.parametrize(("broken", "text", "sentence"), [
-    ("results/laptop/precision.json", "{", "precision.json: is not valid JSON"),
-    ("figures/laptop/precision.svg", "<svg", "`echochamber figures precision --preset laptop` draws it"),
-    ("figures/laptop/precision.svg", None, "`echochamber figures precision --preset laptop` draws it"),
-    ("results/laptop/precision.json", None, "no figure has been drawn yet")])
+    ("results/laptop/errors.json", "{", "errors.json: is not valid JSON"),
+    ("figures/laptop/errors.svg", "<svg", "`echochamber figures errors --preset laptop` draws it"),
+    ("figures/laptop/errors.svg", None, "`echochamber figures errors --preset laptop` draws it"),
+    ("results/laptop/errors.json", None, "no figure has been drawn yet")])
 def test_what_is_broken_is_named_and_nothing_is_written(one_figure, broken, text, sentence):
     (one_figure / broken).unlink() if text is None else (one_figure / broken).write_text(text)
     said = refused(write_report)
@@ -113,8 +113,8 @@ def test_a_place_that_cannot_be_written_gets_one_sentence(one_figure, capfd):
 def test_the_readers_own_results_have_a_report_of_their_own(one_figure):
     assert "no figure has been drawn yet" in refused(write_report, ship=False)
     for move in (verdict_file, lambda *where, ship=False: picture_file(*where, ".svg", ship)):
-        move("precision", "laptop").parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(move("precision", "laptop", ship=True), move("precision", "laptop"))
+        move("errors", "laptop").parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(move("errors", "laptop", ship=True), move("errors", "laptop"))
     assert write_report(ship=False) == outputs_folder() / "reproduced/laptop/report.html"
     assert "Results computed here" in write_report(ship=False).read_text() and not (one_figure / "report.html").exists()
 

@@ -139,6 +139,7 @@ def fork_kernel() -> ForkedKernel:
 def become_kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     "Be a kernel, until it is shut down."
     import numpy
+    import pandas
     import torch
     from ipykernel import kernelapp
     replace_environment(env)
@@ -146,8 +147,8 @@ def become_kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    numpy.random.seed(), torch.default_generator.seed()
-    code_version.cache_clear()
+    numpy.random.seed(), torch.default_generator.seed(), code_version.cache_clear()
+    pandas.set_option("display.max_columns", 20)  # what pandas takes where a kernel imports it; it took us for a terminal
     kernelapp.launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000e
