@@ -148,7 +148,7 @@ def become_kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
         os.dup2(nothing.fileno(), 0)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     numpy.random.seed(), torch.default_generator.seed(), code_version.cache_clear()
-    pandas.set_option("display.max_columns", 20)  # what pandas takes where a kernel imports it; it took us for a terminal
+    pandas.set_option("display.max_columns", 20)  # as in a kernel; pandas took us for a terminal
     kernelapp.launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000e
