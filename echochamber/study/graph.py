@@ -206,7 +206,7 @@ def clock(seconds: float) -> str:
 
 def share_done(job: Job) -> float:
     "Share of a job that is behind, 0 to 1."
-    report = None if job.ended else read_progress(job.run.folder)
+    report = read_progress(job.run.folder) if job.status == "running" else None
     return float(job.ended) if not report else report["done"] / report["total"] if report["total"] else 0.0
 
 
@@ -232,15 +232,17 @@ class Display:
                              disable=not console.is_terminal, speed_estimate_period=600)
         self.study = self.bars.add_task("study", total=sum(job.expected for job in jobs), far="")
         self.rows = {job: self.bars.add_task(job.label, start=False, visible=False, far="") for job in jobs}
-        self.bars.update(self.study, completed=self.behind())
+        self.look()
 
-    def behind(self) -> float:
-        "Expected seconds of what is done."
-        return sum(job.expected * share_done(job) for job in self.rows)
+    def look(self) -> None:
+        "Ask every job once how it is: with hundreds of them, asking again for every line would take half a core."
+        self.status = {job: job.status for job in self.rows}
+        self.share = {job: share_done(job) if status != "waiting" else 0.0 for job, status in self.status.items()}
+        self.bars.update(self.study, completed=sum(job.expected * share for job, share in self.share.items()))
 
     def summary(self) -> str:
         "How many jobs are done, and about how long the others will take."
-        counts, study = Counter(job.status for job in self.rows), self.bars.tasks[0]
+        counts, study = Counter(self.status.values()), self.bars.tasks[0]
         left = study.time_remaining if study.speed else study.remaining / self.workers
         failed = f", {counts['failed']} failed" if counts["failed"] else ""
         still = f", about {clock(left)} left" if counts["waiting"] + counts["running"] else ""
@@ -249,25 +251,27 @@ class Display:
 # %% ../../nbs/study/08_graph.ipynb #bfc767e6
 def refresh(display: Display, pause: float = 10.0) -> None:
     "Bring bars and lines up to date; in a log, what is running is told again after `pause` seconds."
-    bars, console = display.bars, display.console
-    for job, row in display.rows.items():
-        running, now = job.status == "running", time.monotonic()
-        status, moment = display.told.get(job, ("waiting", 0.0))
+    bars, console, now = display.bars, display.console, time.monotonic()
+    display.look()
+    for job, status in display.status.items():
+        row, running = display.rows[job], status == "running"
+        before, moment = display.told.get(job, ("waiting", 0.0))
         if running and not bars.tasks[row].started:
             bars.start_task(row)
-        bars.update(row, visible=running, total=1.0, completed=share_done(job), far=how_far(job))
-        if job.status != status or (running and not console.is_terminal and now - moment >= pause):
-            display.told[job] = (job.status, now)
+        if running or status != before:
+            bars.update(row, visible=running, total=1.0, completed=display.share[job], far=how_far(job))
+        if status != before or (running and not console.is_terminal and now - moment >= pause):
+            display.told[job] = (status, now)
             if not (running and console.is_terminal):
                 console.print(line_of(display, job), markup=False, highlight=False, soft_wrap=True)
-    bars.update(display.study, completed=display.behind(), far=display.summary())
+    bars.update(display.study, far=display.summary())
 
 
 def line_of(display: Display, job: Job) -> str:
     "What a log says of a job."
     elapsed = display.bars.tasks[display.rows[job]].elapsed
-    took = f" in {clock(elapsed)}" if job.status == "done" and elapsed else ""
-    return ", ".join(filter(None, [f"{job.label}: {job.status}{took}", how_far(job)])) + f" [{display.summary()}]"
+    took = f" in {clock(elapsed)}" if display.status[job] == "done" and elapsed else ""
+    return ", ".join(filter(None, [f"{job.label}: {display.status[job]}{took}", how_far(job)])) + f" [{display.summary()}]"
 
 # %% ../../nbs/study/08_graph.ipynb #ec89f0d6
 def failure_sentence(job: Job) -> str:
