@@ -1,6 +1,8 @@
 "Styles on texts that mislead, and the decomposition of gains: exact, symmetric, invariant, in agreement with the metrics."
 import json
+import math
 import random
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from echochamber.data.formats import FORMATS, RENDERERS, StyleConfig
 from echochamber.data.problems import ProblemConfig, generate_problems
 from echochamber.grading.metrics import paired_difference, summarise
 from echochamber.grading.styles import (
+    Mean,
     decompose_gain,
     pattern_shares,
     pattern_sums,
@@ -85,8 +88,8 @@ def imagine(seeds=3, problems=20, samples=8, seed=0) -> tuple[pd.DataFrame, pd.D
     return tuple(frames)
 
 
-def obvious(totals: np.ndarray) -> tuple[float, float]:
-    "Selection and improvement as the equation says them, pattern by pattern."
+def obvious(totals: np.ndarray, mean: str) -> tuple[float, float]:
+    "Selection and improvement as the equations say them, pattern by pattern."
     (n, right), (m, later) = ((side[:, 0], side[:, 1]) for side in totals)
     selection = improvement = 0.0
     for i in range(len(n)):
@@ -94,30 +97,41 @@ def obvious(totals: np.ndarray) -> tuple[float, float]:
         if n[i] + m[i]:
             a = right[i] / n[i] if n[i] else later[i] / m[i]
             b = later[i] / m[i] if m[i] else a
-            selection += (q - p) * (a + b) / 2
-            improvement += (p + q) / 2 * (b - a)
+            weight = (p + q) / 2 if mean == "arithmetic" else math.sqrt(p * q)
+            selection += q * b - p * a - weight * (b - a)
+            improvement += weight * (b - a)
     return selection, improvement
 
 
 counts = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5)
 
 
-@given(st.tuples(counts, counts))
-def test_decomposition_is_the_equation(sides):
+@given(st.tuples(counts, counts), st.sampled_from(get_args(Mean)))
+def test_decomposition_is_the_equation(sides, mean):
     size = min(map(len, sides))
     totals = np.array([[[n + m, n] for n, m in side[:size]] for side in sides], float)  # [2, M, 2]
     totals[:, 0, 0] += 1
-    parts = selection_and_improvement(totals)
+    parts = selection_and_improvement(totals, mean)
     accuracy = totals[..., 1].sum(axis=1) / totals[..., 0].sum(axis=1)
     assert parts.sum() == pytest.approx(accuracy[1] - accuracy[0], abs=1e-12)
-    assert parts.sum(axis=1) == pytest.approx(obvious(totals), abs=1e-12)
-    assert selection_and_improvement(totals[::-1]) == pytest.approx(-parts, abs=1e-12)
+    assert parts.sum(axis=1) == pytest.approx(obvious(totals, mean), abs=1e-12)
+    assert selection_and_improvement(totals[::-1], mean) == pytest.approx(-parts, abs=1e-12)
 
 
-def test_a_pattern_cut_into_equal_parts_changes_nothing():
+@pytest.mark.parametrize("mean", get_args(Mean))
+def test_a_pattern_cut_into_equal_parts_changes_nothing(mean):
     totals = np.array([[[40, 20], [60, 12]], [[80, 60], [20, 8]]], float)
     cut = np.array([[[10, 5], [30, 15], [60, 12]], [[20, 15], [60, 45], [20, 8]]], float)
-    assert selection_and_improvement(cut).sum(axis=1) == pytest.approx(selection_and_improvement(totals).sum(axis=1))
+    whole = selection_and_improvement(totals, mean).sum(axis=1)
+    assert selection_and_improvement(cut, mean).sum(axis=1) == pytest.approx(whole)
+
+
+def test_the_last_completions_of_a_pattern_do_not_decide():
+    "Whether a handful of strays is left, or none, moves the improvement by little."
+    def improvement(strays: int) -> float:
+        totals = np.array([[[1000, 300], [2200, 1300]], [[strays, 0], [3200 - strays, 2900]]], float)
+        return selection_and_improvement(totals)[1].sum()
+    assert abs(improvement(3) - improvement(0)) < 0.01
 
 
 def test_agreement_with_the_metrics():

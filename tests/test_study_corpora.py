@@ -1,4 +1,5 @@
 "The six miniatures through the command line: plan, prepare here and on a Dask scheduler, pretrain, RL, evaluate."
+import io
 import json
 import os
 import subprocess
@@ -9,12 +10,16 @@ import pandas as pd
 import pytest
 from conftest import REAL_FILES
 from miniatures import WRITERS, miniature_config, write_mirror
+from rich.console import Console
 from test_study_scheduler import Cluster
 
 from echochamber.core import project_root
 from echochamber.data.preparation import corpus_fingerprint, prepare, read_manifest
 from echochamber.models.checkpoints import load_model
 from echochamber.study.cli import where_units_run
+from echochamber.study.graph import execute
+from echochamber.study.runs import Run
+from echochamber.study.stages import EvaluateConfig, FinetuneConfig
 from echochamber.training.algorithms import grpo_config
 
 COMMAND = Path(sys.executable).with_name("echochamber")
@@ -82,18 +87,17 @@ def pretrained(place, corpus) -> Path:
     return run(place, "pretrain", {"mixture": mixture, "decoder": shape, "fit": schedule, "batch_size": 4})
 
 
-def tune(place: Path, pretrained: Path, **prompts) -> Path:
+def tuning(pretrained: Path, **prompts) -> Run:
     algorithm = grpo_config(2, prompts=2, samples=4, train_batch=8).model_dump(mode="json")
     algorithm["rollouts"]["sampling"] = {"max_new_tokens": 8, "temperature": 1.0}
-    return run(place, "finetune", {"model": f"pretrain/{pretrained.name}", "questions": 8, "algorithm": algorithm,
-                                   "snapshots": [0, 2], **prompts})
+    return Run("finetune", "miniature", FinetuneConfig.parse({
+        "model": f"pretrain/{pretrained.name}", "questions": 8, "algorithm": algorithm, "snapshots": [0, 2], **prompts}))
 
 
-def evaluate(place: Path, tuned: Path, **benchmark) -> pd.DataFrame:
-    folder = run(place, "evaluate", {"model": f"finetune/{tuned.name}", "steps": [2], "questions": 4, "samples": 2,
-                                     "sampling": {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95}, **benchmark})
-    assert (folder / "DONE").exists()
-    return pd.read_parquet(folder / "evaluation.parquet")
+def evaluation_of(tuned: Run, **benchmark) -> Run:
+    sampling = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95}
+    return Run("evaluate", "miniature", EvaluateConfig.parse({
+        "model": tuned.reference, "steps": [2], "questions": 4, "samples": 2, "sampling": sampling, **benchmark}), (tuned,))
 
 
 def test_what_was_prepared_is_pretrained_on(corpus, pretrained):
@@ -103,17 +107,20 @@ def test_what_was_prepared_is_pretrained_on(corpus, pretrained):
     assert decoder.config.end_token == 2 and 1 not in tokenizer.encode("How many?").ids, "no beginning of text in prompts"
 
 
-def test_it_is_tuned_and_evaluated(place, pretrained):
+def test_it_is_tuned_and_evaluated(place, pretrained, monkeypatch):
     """On GSM8K's training set as prompts of RL, and GSM8K, MATH-500 and AIME 2024 as evaluations, where the environment
     names files of them; else on the generator's problems."""
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(place / "outputs"))
     train, *tests = (REAL_FILES[f"ECHOCHAMBER_{name}"] for name in ("GSM8K_TRAIN", "GSM8K", "MATH500", "AIME24"))
-    tuned = tune(place, pretrained, **({"prompts": {"benchmark": "gsm8k-train", "data": train}} if train else {}))
+    tuned = tuning(pretrained, **({"prompts": {"benchmark": "gsm8k-train", "data": train}} if train else {}))
     if train:
-        assert json.loads((tuned / "config.json").read_text())["prompts"]["data_hash"], "another file is another run"
+        assert tuned.config.prompts.data_hash, "another file is another run"
     real = {name: file for name, file in zip(("gsm8k", "math500", "aime24"), tests, strict=True) if file}
-    for name, file in real.items():
-        evaluation = evaluate(place, tuned, benchmark=name, data=file)
+    evaluations = {file: evaluation_of(tuned, benchmark=name, data=file) for name, file in real.items()}
+    execute(list(evaluations.values()) or [evaluation_of(tuned)], workers=1, console=Console(file=io.StringIO()))
+    for file, run in evaluations.items():
+        evaluation = pd.read_parquet(run.folder / "evaluation.parquet")
         rows = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())
         known = {value.strip() for row in rows for value in row.values() if isinstance(value, str)}
         assert len(evaluation) == 4 * 3 and set(evaluation.question.str.strip()) <= known
-    assert real or len(evaluate(place, tuned)) == 4 * 3
+    assert evaluations or len(pd.read_parquet(evaluation_of(tuned).folder / "evaluation.parquet")) == 4 * 3

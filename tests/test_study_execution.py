@@ -8,7 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from toy_study import ToyConfig, alive, family_at_the_gate, finished, folder_of, start_session, wait_for, write_notebook
+from toy_study import (
+    ToyConfig,
+    alive,
+    family_at_the_gate,
+    finished,
+    folder_of,
+    line_with,
+    start_session,
+    wait_for,
+    write_notebook,
+)
 
 from echochamber.core import StudyError, project_root, refused
 from echochamber.study.execution import kernel_environment, launch, run_task
@@ -66,14 +76,15 @@ def test_killed_study_leaves_nobody_and_continues(toy_study, place):
 def test_the_same_study_twice_at_once_is_computed_once(toy_study, place):
     "The second command waits and says for whom; it leaves no mark, and takes over if the first is killed."
     first = toy_study(gate=str(place / "gate"))
-    family_at_the_gate(place, first)
+    family = family_at_the_gate(place, first)
     second = toy_study(gate=str(place / "gate"))
-    printed = wait_for(lambda: (line := second.stdout.readline()) and "waiting for process" in line and line)
-    assert "toy second" in printed and not (folder_of(place, "second") / ".failure.json").exists()
+    assert "toy second" in line_with(second, "waiting for process")
+    assert not (folder_of(place, "second") / ".failure.json").exists()
     first.kill(), first.wait()
+    wait_for(lambda: not any(map(alive, family)))  # or they would pass for the second's, and the third might be faster
     family_at_the_gate(place, second)
     third = toy_study(gate=str(place / "gate"))
-    wait_for(lambda: "waiting for process" in third.stdout.readline())
+    line_with(third, "waiting for process")
     (place / "gate").touch()
     for session in (second, third):
         _, complaint = session.communicate(timeout=180)

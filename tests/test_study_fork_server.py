@@ -1,5 +1,4 @@
 "Forked kernels: they find what others find and compute the same bits; whoever is killed, nobody is left and nothing is lost."
-import contextlib
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ import psutil
 import pytest
 from toy_study import ToyConfig, alive, family_at_the_gate, finished, start_session, wait_for, write_notebook
 
-from echochamber.core import refused
+from echochamber.core import project_root, refused
 from echochamber.study import fork_server as fork_server_module
 from echochamber.study.conditions import Condition, runs_of
 from echochamber.study.execution import kernel_environment, launch, run_task
@@ -58,9 +57,10 @@ def session(place):
     session.kill(), session.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
-    with fork_server(kernel_environment(threads=1)) as server:
+    "One for all tests that leave it as it was."
+    with fork_server(kernel_environment(threads=1), [project_root() / "nbs/experiments/pretrain.ipynb"]) as server:
         yield server
 
 
@@ -84,13 +84,13 @@ def test_a_forked_kernel_finds_what_any_kernel_finds(place, server, monkeypatch)
     assert "at::get_num_threads() : 2" in censuses[0]["threads"] and censuses[0]["environment"]["RAYON_NUM_THREADS"] == "2"
 
 
-def test_a_forked_pretraining_has_the_same_bits(place, monkeypatch):
+def test_a_forked_pretraining_has_the_same_bits(place, server, monkeypatch):
     monkeypatch.delenv("ECHOCHAMBER_NOTEBOOKS")
     found = []
-    for how in ("forked", "alone"):
+    for how, servers in (("forked", fork_server_module._servers), ("alone", [])):
         monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(place / how))
-        with fork_server(kernel_environment(threads=1)) if how == "forked" else contextlib.nullcontext():
-            launch(run_task(runs_of(Condition(), "smoke", 0)[0], threads=1))
+        monkeypatch.setattr(fork_server_module, "_servers", servers)
+        launch(run_task(runs_of(Condition(), "smoke", 0)[0], threads=1))
         tables = {path.relative_to(place / how): pd.read_parquet(path) for path in (place / how / "runs").rglob("*.parquet")}
         found.append({path.relative_to(place / how): path.read_bytes() for path in (place / how / "runs").rglob("*.safetensors")}
                      | {path: table[[name for name in table if "second" not in name]].to_json() for path, table in tables.items()})

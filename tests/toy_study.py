@@ -90,6 +90,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 180):
     return found
 
 
+def line_with(session: subprocess.Popen, words: str) -> str:
+    "The first line of a session's output that contains these words."
+    for line in session.stdout:
+        if words in line:
+            return line
+    raise AssertionError(f"ended without saying `{words}`: {session.communicate()[1]}")
+
+
 def alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
