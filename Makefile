@@ -20,9 +20,9 @@ help:
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; run make with PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
-	@echo "Setting up .venv from requirements.txt (two to three minutes, once) ..."
+	@echo "Setting up .venv from requirements.txt (one to two minutes, once) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Echo Chamber" > /dev/null
 	@touch $(READY)
@@ -42,10 +42,10 @@ sync: $(READY)
 	@$(BIN)/python -m pytest tests/test_sync.py
 
 notebooks: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 3 --do_print --timing
 
 unit: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 FUZZ_MINUTES ?= 20
 fuzz: $(READY)

@@ -49,8 +49,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    "The whole study begins first, in whatever order the others come: it takes longest, and the processes end together."
-    items.sort(key=lambda item: item.path.stem != "test_study_smoke")
+    """The whole study begins first, then whatever starts studies, in whatever order the tests come otherwise: these files
+    take longest, so the processes end together."""
+    items.sort(key=lambda item: (item.path.stem != "test_study_smoke", not item.path.stem.startswith("test_study")))
 
 
 @pytest.fixture(autouse=True)

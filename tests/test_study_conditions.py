@@ -84,7 +84,7 @@ def test_names_follow_what_changes_the_run():
     more = [run.reference for run in runs_of(Condition(changes=(("evaluation.samples", 4),)), "smoke", 0)]
     assert more[:2] == default[:2] and more[2] != default[2]
     early = runs_of(Condition(start=0.5), "smoke", 0)
-    assert early[0].reference == default[0] and early[1].config.step == 24 and early[1].name == "grpo-start0.5-seed0"
+    assert early[0].reference == default[0] and early[1].config.step == 16 and early[1].name == "grpo-start0.5-seed0"
     two = runs_of(Condition(benchmarks=("mini-gsm", "mini-math")), "smoke", 0)
     assert [run.reference for run in two][:3] == default and two[3].name == "grpo-seed0-mini-math"
 
@@ -104,7 +104,7 @@ def test_a_supervised_stage_lies_between_pretraining_and_rl():
     condition = Condition(supervised_first=True, start=0.5, changes=(("rl.learning_rate", "x2"),))
     start, first, tuned, evaluated = runs_of(condition, "smoke", 3)
     assert first.reference == runs_of(Condition(algorithm="sft", start=0.5), "smoke", 3)[1].reference
-    assert (first.config.step, first.config.model) == (24, start.reference) and first.parents == (start,)
+    assert (first.config.step, first.config.model) == (16, start.reference) and first.parents == (start,)
     assert (tuned.config.step, tuned.config.model) == (None, first.reference) and tuned.parents == (first,)
     assert tuned.config.algorithm.kind == "on_policy" and evaluated.config.model == tuned.reference
 

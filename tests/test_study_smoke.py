@@ -102,7 +102,7 @@ def test_every_run_is_whole_and_shared(outputs):
 def test_pretraining_keeps_the_snapshots_that_rl_can_start_from(outputs):
     for run in (outputs / "runs/pretrain").iterdir():
         last = json.loads((run / "config.json").read_text())["fit"]["steps"]
-        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{step:06d}" for step in (3, 6, 12, 24, last)]
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{step:06d}" for step in (2, 4, 8, 16, last)]
 
 
 def test_evaluation_keeps_every_completion(outputs):

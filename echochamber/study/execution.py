@@ -314,9 +314,11 @@ def launch(task: Task, cancelled: Callable[[], bool] = lambda: False, **environm
           tempfile.TemporaryDirectory(prefix="echochamber-", dir=socket_home()) as family):
         born = {"ECHOCHAMBER_FAMILY": family, "PYTHONPATH": module_path(family)}
         process = start_executor(task, os.environ | task.environment | environment | born, log, cancelled)
+        status = None
         try:
-            while (status := process.poll()) is None and not cancelled():
-                time.sleep(0.1)
+            while status is None and not cancelled():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=0.1)
         finally:
             close_executor(process, family)
         if status is None:

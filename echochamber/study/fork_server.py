@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRELOADED', 'AT_FIRST_USE', 'BORN_WITH', 'import_for', 'serve', 'leave_after', 'become_executor',
-           'replace_environment', 'ForkedKernel', 'fork_kernel', 'become_kernel', 'manager_of', 'ForkedExecutor',
-           'fork_server', 'fork_executor']
+           'replace_environment', 'ForkedKernel', 'forget_the_parent', 'fork_kernel', 'become_kernel', 'manager_of',
+           'ForkedExecutor', 'fork_server', 'fork_executor']
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a50003
 import atexit
@@ -132,6 +132,18 @@ class ForkedKernel:
         if self.poll() is None:
             os.kill(self.pid, signum)
 
+# %% ../../nbs/study/15_fork_server.ipynb #f0a50b03
+def forget_the_parent(threads: int) -> None:
+    "Set anew what the libraries that are there took from the server: threads, random numbers, terminal, code."
+    torch, numpy, pandas = map(sys.modules.get, ("torch", "numpy", "pandas"))
+    if torch:
+        torch.set_num_threads(threads), torch.default_generator.seed()
+    if numpy:
+        numpy.random.seed()
+    if pandas:
+        pandas.set_option("display.max_columns", 20)  # as in a kernel; it took the server for one of a terminal
+    code_version.cache_clear()
+
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000b
 def fork_kernel() -> ForkedKernel:
     "Fork a child that waits for its command; it ends if that never comes, because the executor does."
@@ -149,18 +161,11 @@ def fork_kernel() -> ForkedKernel:
 def become_kernel(arguments: list[str], env: dict[str, str], cwd: str) -> None:
     "Be a kernel, until it is shut down."
     from ipykernel import kernelapp
-    torch, numpy, pandas = map(sys.modules.get, ("torch", "numpy", "pandas"))
     replace_environment(env)
     os.chdir(cwd)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    if torch:
-        torch.set_num_threads(int(env["OMP_NUM_THREADS"])), torch.default_generator.seed()
-    if numpy:
-        numpy.random.seed()
-    if pandas:
-        pandas.set_option("display.max_columns", 20)  # as in a kernel; it took us for a terminal
-    code_version.cache_clear()
+    forget_the_parent(int(env["OMP_NUM_THREADS"]))
     kernelapp.launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 # %% ../../nbs/study/15_fork_server.ipynb #f0a5000e

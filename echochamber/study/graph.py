@@ -271,7 +271,8 @@ def line_of(display: Display, job: Job) -> str:
     "What a log says of a job."
     elapsed = display.bars.tasks[display.rows[job]].elapsed
     took = f" in {clock(elapsed)}" if display.status[job] == "done" and elapsed else ""
-    return ", ".join(filter(None, [f"{job.label}: {display.status[job]}{took}", how_far(job)])) + f" [{display.summary()}]"
+    told = filter(None, [f"{job.label}: {display.status[job]}{took}", how_far(job)])
+    return f"{', '.join(told)} [{display.summary()}]"
 
 # %% ../../nbs/study/08_graph.ipynb #ec89f0d6
 def failure_sentence(job: Job) -> str:

@@ -150,17 +150,17 @@ def sizes(context: int, shapes: dict[str, tuple[int, int, int]]) -> dict[str, De
 # %% ../../nbs/study/04_presets.ipynb #b147d73d
 SMOKE = Preset(
     machine="two CPU cores", problems=ProblemConfig(operations=(1, 2), operands=(2, 9)), questions=32,
-    max_new_tokens=48,
+    max_new_tokens=32,
     decoders=sizes(128, {"default": (32, 2, 2), "x0.3": (16, 2, 2), "x0.7": (24, 2, 2), "x3": (56, 3, 2),
                          "x9": (96, 3, 4)}),
-    pretraining={"batch_size": 8, "steps": 48, "learning_rate": 6e-3, "warmup": 2,
-                 "tokens": 50_000, "snapshots": (3, 6, 12, 24), "precision": "32-true"},
+    pretraining={"batch_size": 8, "steps": 32, "learning_rate": 6e-3, "warmup": 2,
+                 "tokens": 50_000, "snapshots": (2, 4, 8, 16), "precision": "32-true"},
     rl={"prompts": 8, "samples": 4, "train_batch": 32, "steps": 4, "learning_rate": 1e-3, "critic_learning_rate": 3e-3,
         "temperature": 1.0, "snapshots": (0, 2, 4), "precision": "32-true"},
     expert_iteration={"rounds": 1, "samples": 8, "epochs": 2, "batch": 8, "learning_rate": 1e-3,
                       "precision": "32-true"},
     control={"epochs": 1, "batch": 8, "learning_rate": 1e-3, "precision": "32-true"},
-    evaluation={"questions": 16, "samples": 8},
+    evaluation={"questions": 10, "samples": 8},
     seconds={"pretrain": 15, "grpo": 15, "ppo": 15, "expert_iteration": 15, "sft": 12, "evaluate": 15, "figure": 10})
 
 # %% ../../nbs/study/04_presets.ipynb #b4845f01
