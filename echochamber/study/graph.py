@@ -331,8 +331,8 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     threads, gpus = (share_cores(runs, workers, cores()), visible_gpus()) if local else ({}, [])
     forks = local and not gpus and len(jobs) > 1 and sys.platform == "linux"
     born = kernel_environment(threads=1) | {"PYTHONPATH": module_path()}
-    with (fork_server(born, {job.run.notebook for job in jobs}) if forks else contextlib.nullcontext(), dask_client(workers, scheduler, slurm) as client,
-          display.bars):
+    server = fork_server(born, {job.run.notebook for job in jobs}) if forks else contextlib.nullcontext()
+    with server, dask_client(workers, scheduler, slurm) as client, display.bars:
         if not local and not client.scheduler_info()["workers"]:
             display.console.print("No worker has come yet; the runs start when one does.", highlight=False)
         run_jobs(jobs, client, gpus, threads, lambda: refresh(display))
