@@ -161,7 +161,7 @@ SMOKE = Preset(
                       "precision": "32-true"},
     control={"epochs": 1, "batch": 8, "learning_rate": 1e-3, "precision": "32-true"},
     evaluation={"questions": 10, "samples": 8},
-    seconds={"pretrain": 15, "grpo": 15, "ppo": 15, "expert_iteration": 15, "sft": 12, "evaluate": 15, "figure": 10})
+    seconds={"pretrain": 4, "grpo": 3, "ppo": 3, "expert_iteration": 3, "sft": 3, "evaluate": 3, "figure": 6})
 
 # %% ../../nbs/study/04_presets.ipynb #b4845f01
 LAPTOP = Preset(
@@ -179,7 +179,8 @@ LAPTOP = Preset(
                       "precision": "32-true"},
     control={"epochs": 10, "batch": 64, "learning_rate": 6e-4, "precision": "32-true"},
     evaluation={"questions": 200, "samples": 16},
-    seconds={"pretrain": 210, "grpo": 90, "ppo": 145, "expert_iteration": 120, "sft": 45, "evaluate": 95, "figure": 15})
+    seconds={"pretrain": 265, "grpo": 100, "ppo": 180, "expert_iteration": 130, "sft": 50, "evaluate": 95,
+             "figure": 15})
 
 # %% ../../nbs/study/04_presets.ipynb #67233caf
 GPU = Preset(
