@@ -277,7 +277,7 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     return [start, *(parent for parent in tuned.parents if parent != start), tuned, *evaluated]
 
 # %% ../../nbs/study/05_conditions.ipynb #4ade1060
-START_UP = 5.0  # seconds until a notebook computes
+START_UP = 1.0  # seconds until a forked notebook computes
 
 
 def work_of(run: Run) -> float:
