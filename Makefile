@@ -5,12 +5,14 @@ READY := .venv/.ready
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help reproduce figures test fuzz gpu lint sync notebooks unit lab readme export clean
+.PHONY: help reproduce figures test sessions fuzz gpu lint sync notebooks unit lab readme export clean
 
 help:
 	@echo "make reproduce   pretrain, fine-tune, evaluate and draw the headline figure (ARGS='all --preset laptop --seeds 3')"
 	@echo "make figures     draw every figure again from the shipped results, without training"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
+	@echo "make sessions    more of pytest: whole sessions that are killed, interrupted and continued, schedulers, SLURM jobs, several"
+	@echo "                 ranks, corpora, the benchmarks' trials, JupyterLab (CI runs both)"
 	@echo "make fuzz        property tests on new random examples for FUZZ_MINUTES (20)"
 	@echo "make gpu         on a GPU, under nine minutes: tests marked cuda, the benchmarks, convergence at preset gpu as far as it"
 	@echo "                 comes (it resumes); results in outputs/ (DEVICE=cpu tries the same with tiny sizes, four minutes)"
@@ -44,8 +46,12 @@ sync: $(READY)
 notebooks: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 3 --do_print --timing
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=10
 unit: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/test_sync.py --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=10
+	@$(PYTEST) -m "not sessions" --ignore=tests/test_sync.py
+
+sessions: $(READY)
+	@$(PYTEST) -m sessions
 
 FUZZ_MINUTES ?= 20
 fuzz: $(READY)

@@ -51,7 +51,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The whole study begins first, then whatever starts studies, in whatever order the tests come otherwise: these files
     take longest, so the processes end together."""
-    items.sort(key=lambda item: (item.path.stem != "test_study_smoke", not item.path.stem.startswith("test_study")))
+    items.sort(key=lambda item: (item.path.stem not in ("test_study_smoke", "test_study_kills"), not item.path.stem.startswith("test_study")))
 
 
 @pytest.fixture(autouse=True)

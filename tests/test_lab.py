@@ -11,6 +11,8 @@ from browser import Page, get, page, program, until  # noqa: F401 (a fixture)
 
 from echochamber.core import project_root
 
+pytestmark = pytest.mark.sessions
+
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 ROOT, TOKEN = project_root(), "shown-to-nobody"
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # every cell is rendered, seen or not

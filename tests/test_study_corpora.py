@@ -22,6 +22,8 @@ from echochamber.study.runs import Run
 from echochamber.study.stages import EvaluateConfig, FinetuneConfig
 from echochamber.training.algorithms import grpo_config
 
+pytestmark = pytest.mark.sessions
+
 COMMAND = Path(sys.executable).with_name("echochamber")
 
 

@@ -24,6 +24,8 @@ from echochamber.core import StudyError, project_root, refused
 from echochamber.study.execution import kernel_environment, launch, run_task
 from echochamber.study.runs import Run
 
+pytestmark = pytest.mark.sessions
+
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ from echochamber.study.execution import kernel_environment, launch, run_task
 from echochamber.study.fork_server import fork_server
 from echochamber.study.runs import Run
 
+pytestmark = pytest.mark.sessions
+
 CENSUS = """
 import gc, hashlib, json, locale, logging, os, random, signal, sys, warnings
 import matplotlib, numpy, pandas, torch, torch._dynamo

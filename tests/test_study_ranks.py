@@ -13,6 +13,8 @@ from echochamber.study.graph import gpus_of
 from echochamber.study.runs import Run
 from echochamber.study.stages import PretrainConfig
 
+pytestmark = pytest.mark.sessions
+
 
 @pytest.fixture(autouse=True)
 def outputs_here(tmp_path, monkeypatch):

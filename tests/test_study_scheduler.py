@@ -22,6 +22,8 @@ from toy_study import (
 from echochamber.core import refused
 from echochamber.study.graph import dask_client
 
+pytestmark = pytest.mark.sessions
+
 CLUSTER = """
 import sys
 from distributed import LocalCluster

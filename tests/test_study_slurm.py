@@ -10,6 +10,8 @@ from toy_study import environment, finished, start_session, write_notebook
 from echochamber.core import refused
 from echochamber.study.graph import dask_client, slurm_cluster
 
+pytestmark = pytest.mark.sessions
+
 pytest.importorskip("dask_jobqueue", reason="the extra `cluster` is not installed")
 
 JOB = {"cores": 4, "memory": "16GB", "queue": "gpu", "account": "lab", "walltime": "02:00:00",

@@ -34,6 +34,7 @@ def test_make_gpu_runs_every_benchmark_on_the_device_that_is_asked_for(device):
     assert int(re.search(r"\+ (\d+) \)", said)[1]) < (540 if device == "cuda" else 240)  # under nine, under four minutes
 
 
+@pytest.mark.sessions
 @pytest.mark.parametrize("name", ["generation", "grading", "rl_step"])
 def test_a_trial_runs_and_leaves_nothing_among_the_results(name, tmp_path):
     environment = os.environ | {"ECHOCHAMBER_OUTPUTS": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

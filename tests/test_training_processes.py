@@ -13,6 +13,8 @@ from echochamber.core import StudyError, project_root
 from echochamber.study.execution import free_port, rank_environment
 from echochamber.training.distributed import run_on_all_ranks
 
+pytestmark = pytest.mark.sessions
+
 HERE = Path(__file__).parent
 HANG = 900  # seconds; a busy machine may need many times what an idle one does, and only a hang needs it all
 
