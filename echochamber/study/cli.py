@@ -96,7 +96,7 @@ def path_option(kind: str, help: str, make=typer.Option):
     return make(parser=typed_path, metavar=kind, help=help)
 
 # %% ../../nbs/study/12_cli.ipynb #adb78cdf
-PresetOption = Annotated[str, typer.Option(help="scale of the study: smoke or laptop")]
+PresetOption = Annotated[str, typer.Option(help="scale of the study: smoke, laptop, gpu or paper")]
 SeedsOption = Annotated[int, typer.Option(min=1, help="whole realisations of each condition")]
 FigureNames = Annotated[list[str] | None, typer.Argument(help="names of figures, or all")]
 
@@ -108,7 +108,7 @@ def study(seeds: SeedsOption = 1) -> None:
     Example: echochamber study --seeds 3"""
     from echochamber.study.graph import clock
     from echochamber.study.reproduction import study_overview
-    table = Table("figure", "claim", "preset", "runs done", "left (2 cores)", "verdict", box=None, header_style="bold")
+    table = Table("figure", "claim", "preset", "runs done", "left on its machine", "verdict", box=None, header_style="bold")
     for row in study_overview(seeds).itertuples():
         table.add_row(row.figure, row.claim, row.preset, f"{row.done}/{row.runs}", clock(row.seconds), row.verdict)
     console.print(table)

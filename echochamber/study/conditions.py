@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'TRAINED_BY', 'START_UP', 'known_mixtures', 'Condition', 'check_condition', 'section_stage',
            'named_changes', 'condition_name', 'condition_labels', 'changed_value', 'changed_preset',
-           'without_idle_changes', 'mixture_of', 'pretraining_run', 'algorithm_of', 'start_step', 'finetuning_name',
-           'finetuning_run', 'after_supervised', 'evaluation_run', 'runs_of', 'work_of', 'expected_seconds']
+           'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'algorithm_of', 'start_step',
+           'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run', 'runs_of',
+           'work_of', 'expected_seconds']
 
 # %% ../../nbs/study/05_conditions.ipynb #f3f17d66
 import re
 from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
 from ..data.benchmarks import BENCHMARKS
-from ..data.corpora import MixtureConfig
+from ..data.corpora import MixtureConfig, SourceConfig, count_tokens, question_solution_pairs
+from ..data.formats import join_document
 from ..data.problems import ProblemConfig
 from ..data.preparation import corpus_fingerprint, corpus_folder
 from ..data.token_files import PreparedMixtureConfig
@@ -27,6 +31,7 @@ from .runs import Run
 from .stages import STAGES, Algorithm, EvaluateConfig, FinetuneConfig, PretrainConfig, real_prompts
 from ..training.algorithms import grpo_config, ppo_config
 from ..training.critic import CriticConfig
+from ..training.diagnostics import StopConfig
 from ..training.expert_iteration import ExpertIterationConfig
 from ..training.fitting import FitConfig, OptimiserConfig
 from ..training.supervised import SupervisedConfig
@@ -182,6 +187,12 @@ def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     name = [condition.mixture, *named_changes(condition, ("pretrain",)), f"seed{seed}"]
     return Run("pretrain", "-".join(name), config)
 
+# %% ../../nbs/study/05_conditions.ipynb #c0ffee05
+def stop_of(condition: Condition) -> StopConfig:
+    "When the RL of a condition stops itself; a model that may get nothing right is trained to the end all the same."
+    usual = condition.start is None and condition.mixture == Condition().mixture
+    return StopConfig() if usual else StopConfig(uninformative_rollouts=None)
+
 # %% ../../nbs/study/05_conditions.ipynb #0b2ffbd9
 def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     "The algorithm of a condition at this scale."
@@ -190,7 +201,8 @@ def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
         sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
                      train_batch=told.train_batch, micro_batch=told.micro_batch, max_new_tokens=scale.max_new_tokens,
                      temperature=told.temperature, learning_rate=told.learning_rate, precision=told.precision,
-                     horizon=round(told.horizon * told.steps), verifier=told.verifier, seed=seed)
+                     horizon=round(told.horizon * told.steps), verifier=told.verifier, seed=seed,
+                     stop=stop_of(condition))
         if condition.algorithm == "grpo":
             return grpo_config(told.steps, **sizes)
         return ppo_config(told.steps, critic=CriticConfig(learning_rate=told.critic_learning_rate), **sizes)
@@ -222,6 +234,18 @@ def finetuning_name(condition: Condition, pretraining_seed: int, seed: int) -> s
     changes = named_changes(condition, ("pretrain", "finetune"))
     return "-".join([condition.algorithm, *mixture, *changes, *start, f"seed{seed}"])
 
+# %% ../../nbs/study/05_conditions.ipynb #c0ffee07
+@lru_cache
+def in_documents(sources: tuple[SourceConfig, ...], sample: int = 500) -> tuple[SourceConfig, ...]:
+    "Sources of a mixture, weighted by their shares of its documents instead of its tokens."
+    def length(source: SourceConfig) -> float:
+        pairs = islice(question_solution_pairs(source), sample)
+        return sum(count_tokens(join_document(*pair)) for pair in pairs) / sample
+
+    shares = [source.weight / length(source) for source in sources]
+    return tuple(source.model_copy(update={"weight": round(share / sum(shares), 3)})
+                 for source, share in zip(sources, shares, strict=True))
+
 # %% ../../nbs/study/05_conditions.ipynb #b1ddad67
 def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) -> Run:
     "Fine-tuning of a condition. Raises `StudyError` for a start or for solutions that there are not."
@@ -235,7 +259,7 @@ def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) 
         prompts=real_prompts(scale.prompts) if scale.prompts else None, seed=seed,
         algorithm=algorithm_of(scale, condition, seed),
         grader="study" if condition.algorithm == "sft" else scale.grader,
-        solutions=parent.config.mixture.sources if condition.algorithm == "sft" else ())
+        solutions=in_documents(parent.config.mixture.sources) if condition.algorithm == "sft" else ())
     own = {"expert_iteration": tuple(range(1, config.total_steps + 1)), "sft": (config.total_steps,)}
     config = FinetuneConfig(**dict(config) | {"snapshots": own.get(condition.algorithm, scale.rl.kept)})
     run = Run("finetune", finetuning_name(condition, parent.config.seed, seed), config, parents=(parent,))

@@ -7,8 +7,8 @@ __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', '
            'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching', 'as_trained',
            'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame', 'training_frame',
            'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
-           'condition_tables', 'collect', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder',
-           'picture_file', 'verdict_file', 'publish', 'redraw']
+           'condition_tables', 'rests_on_more', 'collect', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure',
+           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -292,9 +292,18 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
     return {part: pd.concat(frames[part], ignore_index=True) for part in TABLES}
 
 # %% ../../nbs/study/06_figures.ipynb #5d3664bd
+def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
+    "How many seeds the shipped tables of a condition rest on, if these are more than `seeds` of the same code; else 0."
+    told = read_json(table_file(condition, preset).with_suffix(".json"))
+    same = told.get("code") == {run.stage: run.code for run in runs_of(condition, preset, 0)}
+    return there if (there := len(told.get("seeds", ()))) > seeds and same else 0
+
+
 def collect(figure: Figure, preset: str, seeds: int) -> None:
-    "Ship the tables of all conditions of a figure over so many seeds; every run behind it must be done."
-    for condition in figure.conditions:
+    """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
+
+    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too."""
+    for condition in (one for one in figure.conditions if not rests_on_more(one, preset, seeds)):
         for part, table in condition_tables(condition, preset, range(seeds)).items():
             write_table(table_file(condition, preset, part), table)
         runs = [run for run, _ in labelled_runs(condition, preset, range(seeds))]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_shipped', 'read_own', 'Tables', 'write_caption', 'Results', 'value', 'change', 'curve', 'sweep',
-           'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'problem_facts', 'among', 'over_seeds',
-           'crossing', 'gain_by_base', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'status_of',
-           'within', 'all_within', 'Verdict', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
+           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'write_caption', 'Results', 'value', 'change',
+           'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'problem_facts', 'among',
+           'over_seeds', 'crossing', 'gain_by_base', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown',
+           'status_of', 'within', 'all_within', 'Verdict', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -106,12 +106,14 @@ class Tables:
     preset: str = "laptop"
 
     @classmethod
-    def read(cls, config: FigureConfig):
-        "The tables that a figure's config names. Raises `StudyError` if one changed since."
+    def read(cls, config: FigureConfig, paired: bool = True):
+        """The tables that a figure's config names; `paired`: of the seeds that all its conditions have.
+
+        Raises `StudyError` if a table changed since, or if there is no such seed."""
         own = read_own(config)
-        if not config.shipped:
-            return cls(*own, preset=config.preset)
-        return cls(*(read_shipped(config, part) for part in TABLES), own[0], config.preset)
+        shipped = [read_shipped(config, part) for part in TABLES] if config.shipped else own
+        tables = cls(*shipped, own[0] if config.shipped else pd.DataFrame(), config.preset)
+        return with_common_seeds(tables) if paired else tables
 
     scale = property(lambda self: find_preset(self.preset))
     seeds = property(lambda self: sorted(self.evaluation.seed.unique().tolist()))
@@ -120,6 +122,21 @@ class Tables:
     seed_counts = property(lambda self: self.evaluation.groupby("condition").seed.nunique().to_dict())
     pretrainings = property(lambda self: self.evaluation.groupby("condition").pretraining_seed.nunique().to_dict())
     one_pretraining = property(lambda self: 1 in self.pretrainings.values())
+
+# %% ../../nbs/study/07_reading.ipynb #c0ffee02
+def with_common_seeds(tables: Tables) -> Tables:
+    "The tables without seeds that some condition lacks. Raises `StudyError` if none is left."
+    by_condition = tables.evaluation.groupby("condition", observed=True).seed.unique().map(set)
+    if not (common := set.intersection(*by_condition)):
+        told = "; ".join(f"{name}: {sorted(seeds)}" for name, seeds in by_condition.items())
+        raise StudyError(f"the conditions have no seed in common ({told}); compute one of them for all")
+    evaluation = tables.evaluation[tables.evaluation.seed.isin(common)]
+    training = tables.training
+    if len(training):
+        read = training.stage == "pretrain"
+        training = training[training.seed.isin(evaluation.pretraining_seed.unique()) & read
+                            | training.seed.isin(common) & ~read]
+    return replace(tables, evaluation=evaluation, training=training)
 
 # %% ../../nbs/study/07_reading.ipynb #5ab2fc73
 def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import StudyError
 from .conditions import expected_seconds
 from .figures import FIGURES, Figure, collect, figure_run, figure_runs, publish
-from .figures import read_json, redraw, table_file, verdict_file
+from .figures import read_json, redraw, rests_on_more, table_file, verdict_file
 from .graph import clock, execute
 from .presets import PRESETS, find_preset
 from .runs import Run
@@ -106,7 +106,8 @@ def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int) -> list[s
     said = []
     for condition in dict.fromkeys(condition for figure in figures for condition in figure.conditions):
         file = table_file(condition, preset)
-        if (there := len(read_json(file.with_suffix(".json")).get("seeds", ()))) > seeds:
+        there = len(read_json(file.with_suffix(".json")).get("seeds", ()))
+        if there > seeds and not rests_on_more(condition, preset, seeds):
             said.append(f"{file}: rests on {there} seeds and gives way to {seeds}; "
                         f"with --seeds {there} there are as many again")
     return said
