@@ -139,7 +139,8 @@ def relabel(name: str, shipped, table_of) -> dict:
 def test_a_control_that_moves_as_far_refutes_the_comparison(shipped):
     "The algorithms figure on tables where supervised fine-tuning ends where GRPO does."
     verdict = relabel("algorithms", shipped, lambda condition, rows: rows[rows.step == 120] if condition.algorithm == "sft" else rows)["verdict"]
-    assert verdict.status == "not reproduced" and "GRPO" in verdict.refuted_by and not verdict.predictions[0]["holds"]
+    assert verdict.status == "not reproduced" and any(one.startswith("GRPO") for one in verdict.refuted_by)
+    assert verdict.predictions[0]["holds"] is False
 
 
 def test_a_winner_that_size_does_not_change_is_no_flip(shipped):

@@ -108,7 +108,7 @@ def study(seeds: SeedsOption = 1) -> None:
     Example: echochamber study --seeds 3"""
     from echochamber.study.graph import clock
     from echochamber.study.reproduction import study_overview
-    table = Table("figure", "claim", "preset", "runs done", "left on its machine", "verdict", box=None, header_style="bold")
+    table = Table("figure", "claim", "preset", "runs done", "left", "verdict", box=None, header_style="bold")
     for row in study_overview(seeds).itertuples():
         table.add_row(row.figure, row.claim, row.preset, f"{row.done}/{row.runs}", clock(row.seconds), row.verdict)
     console.print(table)

@@ -86,7 +86,7 @@ def errs(right: float) -> Condition:
 # %% ../../nbs/study/06_figures.ipynb #0e9226c5
 STARTS = (0.0625, 0.125, 0.25, 0.5, None)  # shares of pretraining; None: all of it
 FIGURES |= by_name(
-    Figure(name="kl", claim="C3", title="a KL penalty keeps minority formats alive, if it is strong enough",
+    Figure(name="kl", claim="C3", title="a KL penalty of 0.01 keeps minority formats alive, and pass@k with them",
            conditions=(*penalties("grpo", 0.001, 0.01, 0.1, 0.3, 1.0), *penalties("ppo", 0.001, 0.01, 0.1, 1.0))),
     Figure(name="when", claim="W", title="the winner is decided in pretraining; whether pass@k expands too",
            conditions=(Condition(), *(Condition(start=start, supervised_first=first, checkpoints="ends")
@@ -115,7 +115,8 @@ def in_background(mixture: str, weight: float) -> Condition:
 
 # %% ../../nbs/study/06_figures.ipynb #ec0149a4
 FIGURES |= by_name(
-    Figure(name="mixture_ratio", claim="C2", title="a rare format can win, if it is the better one",
+    Figure(name="mixture_ratio", claim="C2",
+           title="the format that wins need be neither the most frequent nor the most accurate",
            conditions=(Condition(), *dict.fromkeys(
                way for times in (1, 2, 4, 8)
                for way in (Condition(mixture=f"tinygsm-omi1-{times}x", checkpoints="ends"), lengthened(times))))),

@@ -179,7 +179,7 @@ def sources(preset: str) -> pd.DataFrame:
     total = sum(source.weight for source in mixture)
     for source in mixture:
         slips, families = source.style.random_errors, len(source.style.wrong_families)
-        errors = [f"a slip in {slips:.0%} of the solutions"] * bool(slips)
+        errors = [f"one operation replaced in {slips:.0%} of the solutions"] * bool(slips)
         errors += [f"{families} of {len(FAMILIES)} kinds of story always wrong"] * bool(families)
         rows.append({"format": FORMAT_STYLE[source.format]["label"], "share": f"{source.weight / total:.2f}",
                      "errors given to it": ", ".join(errors) or "none"})

@@ -7,7 +7,7 @@ __all__ = ['DRIVES', 'GROWTHS', 'PENALTIES', 'RIVALS', 'Runs', 'Start', 'pool', 
            'skill_parts', 'payoffs', 'TimeScale', 'Path', 'drives', 'predict', 'right_mass', 'optimum',
            'frozen_optimum', 'kept_samples', 'generations', 'MeasuredRun', 'measured_run', 'measured_runs', 'read_runs',
            'law_of', 'start_of_completions', 'deviations', 'fit_time_scale', 'fit_gain', 'takes_all', 'nothing_changes',
-           'score', 'score_table', 'score_totals']
+           'most_accurate', 'score', 'score_table', 'score_totals']
 
 # %% ../../nbs/study/14_theory.ipynb #aa59e4b4
 from collections.abc import Collection, Sequence
@@ -233,7 +233,12 @@ class MeasuredRun:
         first = Path(self.path.steps[:batches], self.path.shares[:batches], self.path.accuracies[:batches])
         return Start(*pool(first.shares, np.nan_to_num(first.accuracies)))
 
+    def after(self, batches: int = 4) -> "MeasuredRun":
+        "The run without the rollout batches that its start is made of: what is left to foretell."
+        rest = Path(self.path.steps[batches:], self.path.shares[batches:], self.path.accuracies[batches:])
+        return replace(self, path=rest)
 
+# %% ../../nbs/study/14_theory.ipynb #7d21c0aa
 def measured_run(rows: pd.DataFrame, rollouts: int) -> MeasuredRun:
     "One run from its training metrics, a row per optimiser step. Raises `StudyError` if it has no rollouts."
     rows = rows.sort_values(["round", "step"] if "round" in rows else "step")
@@ -344,11 +349,16 @@ def nothing_changes(start: Start, steps: int) -> Path:
     return Path(np.arange(steps + 1), *(np.tile(one, (steps + 1, 1)) for one in pool(start.shares, start.accuracies)))
 
 
+def most_accurate(start: Start, least: float = 0.02) -> int:
+    "The most accurate of the formats that have at least a share of `least`."
+    shares, accuracies = pool(start.shares, start.accuracies)
+    return int(np.where(shares >= least, accuracies, -1.0).argmax())
+
+
 RIVALS = {
     "nothing changes": nothing_changes,
     "the most frequent wins": lambda start, steps: takes_all(start, steps, int(start.shares.mean(0).argmax())),
-    "the most accurate wins": lambda start, steps: takes_all(
-        start, steps, int(np.nanargmax(pool(start.shares, start.accuracies)[1]))),
+    "the most accurate wins": lambda start, steps: takes_all(start, steps, most_accurate(start)),
 }
 
 # %% ../../nbs/study/14_theory.ipynb #1e8eacf2
@@ -373,9 +383,9 @@ def score_table(predictions: dict[str, dict[tuple[str, int], Path]], runs: Runs,
     return pd.DataFrame(rows)
 
 
-def score_totals(table: pd.DataFrame) -> pd.DataFrame:
-    "By law, over the runs that nothing was fitted on: winners right of `runs`, and root mean squares of the errors."
+def score_totals(table: pd.DataFrame, *by: str) -> pd.DataFrame:
+    "By law (and columns), over the runs that nothing was fitted on: winners right of `runs`, root mean square errors."
     rms = lambda values: float(np.sqrt(np.square(values).mean()))
-    new = table[~table.fitted].groupby("law", sort=False)
+    new = table[~table.fitted].groupby(["law", *by] if by else "law", sort=False)
     return new.agg(runs=("right", "size"), right=("right", "sum"), final_error=("final_error", rms),
                    rmse=("rmse", rms), floor=("floor", rms))
