@@ -100,7 +100,7 @@ def test_every_case_of_a_kind_ends_as_it_should(grader, kind):
     cases = CASES[kind]
     grades = grader.grade([case["completion"] for case in cases], [case["answer"] for case in cases])
     astray = [(case["completion"], case["answer"], grade) for case, grade in zip(cases, grades, strict=True)
-              if grade.outcome not in case["expected"].split("|")]
+              if grade.outcome not in case["expected"].split("|") or grade.format != case.get("expected_format", grade.format)]
     assert not astray
 
 

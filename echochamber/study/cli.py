@@ -141,10 +141,10 @@ def reproduce(
 
 # %% ../../nbs/study/12_cli.ipynb #7ad9de7a
 def show_figures(lines: dict[str, str], preset: str, ship: bool) -> None:
-    "The verdict of each figure, and where its picture is."
-    from echochamber.study.figures import picture_file
+    "The verdict of each figure, a word if other code computed what is shipped, and where its picture is."
+    from echochamber.study.figures import other_code, picture_file
     for name, line in lines.items():
-        say("", line, str(picture_file(name, preset, ship=ship)))
+        say("", line, *other_code(name, preset), str(picture_file(name, preset, ship=ship)))
 
 
 @app.command()

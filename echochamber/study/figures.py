@@ -7,8 +7,9 @@ __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', '
            'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching', 'as_trained',
            'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame', 'training_frame',
            'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
-           'condition_tables', 'rests_on_more', 'collect', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure',
-           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
+           'condition_tables', 'shipped_seeds', 'rests_on_more', 'other_code', 'collect', 'FigureConfig',
+           'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file', 'publish',
+           'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -226,7 +227,7 @@ def training_frame(run: Run, labels: dict) -> pd.DataFrame:
 def read_json(file: Path) -> dict:
     "The object in a JSON file; empty if there is none."
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -293,11 +294,25 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
     return {part: pd.concat(frames[part], ignore_index=True) for part in TABLES}
 
 # %% ../../nbs/study/06_figures.ipynb #5d3664bd
+def shipped_seeds(condition: Condition, preset: str) -> tuple[int, bool]:
+    "How many seeds the shipped tables of a condition rest on, and whether they were computed by this code."
+    told = read_json(table_file(condition, preset).with_suffix(".json"))
+    return len(told.get("seeds", ())), told.get("code") == {run.stage: run.code for run in runs_of(condition, preset, 0)}
+
+
 def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
     "How many seeds the shipped tables of a condition rest on, if these are more than `seeds` of the same code; else 0."
-    told = read_json(table_file(condition, preset).with_suffix(".json"))
-    same = told.get("code") == {run.stage: run.code for run in runs_of(condition, preset, 0)}
-    return there if (there := len(told.get("seeds", ()))) > seeds and same else 0
+    there, same = shipped_seeds(condition, preset)
+    return there if there > seeds and same else 0
+
+
+def other_code(name: str, preset: str) -> list[str]:
+    "A sentence if shipped results of a figure were computed by other code than this, with the command that mends it."
+    shipped = {one.name: shipped_seeds(one, preset) for one in FIGURES[name].conditions}
+    if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
+        return []
+    return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
+            f"{name} --preset {preset} --seeds {max(other.values())} --ship` computes them again"]
 
 
 def collect(figure: Figure, preset: str, seeds: int) -> None:

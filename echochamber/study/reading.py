@@ -143,7 +143,8 @@ def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     "Write under a figure what it rests on, and return it; `notes` come last."
     alone = [name for name, count in tables.pretrainings.items() if count == 1]
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
-    said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * (len(tables.own) > 0)
+    halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
+    said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
     return caption(figure, tables.problems, tables.samples, tables.seed_counts, tables.preset,
                    tables.scale.decoders["default"].num_parameters, ", ".join([*said, *notes]))
 
