@@ -2,6 +2,8 @@
 import json
 import random
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,15 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echochamber.core import StudyError
+from echochamber.core import StudyError, refused
 from echochamber.data.formats import RENDERERS, StyleConfig, parse_completion, recognise, replace_operation
 from echochamber.data.problems import FAMILIES, ProblemConfig, Quantity, Step, generate_problems, write_story
+from echochamber.grading import errors
 from echochamber.grading.errors import (
     ERRORS,
     JUDGED,
     JudgeConfig,
     ask_judge,
     error_class,
+    judge_request,
+    judged_class,
     problem_chain,
     program_chain,
     prose_chain,
@@ -177,14 +182,16 @@ def test_transitions_count_pairs():
 # --- the judge ----------------------------------------------------------------------------------------------------------
 
 class Judge(ThreadingHTTPServer):
-    "Answers like an OpenAI-compatible endpoint: `replies` in turn, each a text, a status, or raw bytes."
+    """Answers like an OpenAI-compatible endpoint: `replies` in turn.
+
+    Each is the content of a message, raw bytes, many of them to be sent one by one, or a status with or without headers."""
 
     def __init__(self, *replies):
         super().__init__(("127.0.0.1", 0), Answer)
         self.replies, self.asked = list(replies), []
         self.config = JudgeConfig(url=f"http://127.0.0.1:{self.server_port}/v1", model="judge", key_variable="JUDGE_KEY",
                                   seconds=5)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -195,15 +202,24 @@ class Answer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, self.headers["Authorization"], body))
         reply = self.server.replies.pop(0)
-        self.send_response(reply if isinstance(reply, int) else 200)
+        status, headers = reply if isinstance(reply, tuple) else (reply, {}) if isinstance(reply, int) else (200, {})
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
-        if not isinstance(reply, int):
-            raw = isinstance(reply, bytes)
-            self.wfile.write(reply if raw else json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+        if status == 200:
+            if not isinstance(reply, bytes | Iterator):
+                reply = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+            try:
+                for piece in [reply] if isinstance(reply, bytes) else reply:
+                    self.wfile.write(piece)
+            except OSError:  # the other side has had enough
+                pass
 
 
 @pytest.fixture
-def judge():
+def judge(monkeypatch):
+    monkeypatch.setattr(errors, "PAUSES", (0.01, 0.02, 0.03))
     servers = []
     yield lambda *replies: servers.append(Judge(*replies)) or servers[-1]
     for server in servers:
@@ -237,7 +253,21 @@ def test_another_model_is_asked_anew(judge, tmp_path):
     assert server.asked[0][1] is None  # no key, none sent
 
 
-@pytest.mark.parametrize("reply", [401, 500, b"", b"<html>", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": 3}]}'])
+def test_the_same_model_elsewhere_is_asked_anew(judge, tmp_path):
+    here, there = judge("logic"), judge("notation")
+    for server, name in ((here, "logic"), (there, "notation"), (here, "logic")):
+        assert with_judgements(FRAME[:1], server.config, tmp_path).judged.tolist() == [name]
+    slash = here.config.model_copy(update={"url": here.config.url + "/"})
+    assert with_judgements(FRAME[:1], slash, tmp_path).judged.tolist() == ["logic"]  # the same place
+
+
+NOTHING = [None, "", " \n", 3, ["logic"], {"text": "logic"}]
+
+
+@pytest.mark.parametrize("reply", [401, (302, {"Location": "http://127.0.0.1:9/"}), b"", b"<html>", b"[]", b"{}", b"\xff\xfe\x00",
+                                   b'{"choices": []}', b'{"choices": [{"message": 3}]}', b'{"choices": [{"message": {}}]}',
+                                   b"[" * 200_000, b"1" * 10_000, b" " * 1_100_000, (500, {"Retry-After": "3600"}), *NOTHING],
+                         ids=lambda reply: repr(reply)[:30])
 def test_a_judge_without_an_answer_is_one_clear_error(judge, tmp_path, reply):
     server = judge("logic", reply, "logic", "logic")
     with pytest.raises(StudyError, match=rf"{server.config.url}.*`judge`.*\$JUDGE_KEY.*kept") as caught:
@@ -245,6 +275,105 @@ def test_a_judge_without_an_answer_is_one_clear_error(judge, tmp_path, reply):
     assert "\n" not in str(caught.value) and len(list(tmp_path.iterdir())) == 1
     assert set(with_judgements(FRAME, server.config, tmp_path).judged) == {"correct", "logic"}  # and goes on
     assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("text", ["logic \ud800", "\udfff", "a \ud83d b"])
+def test_half_a_surrogate_pair_is_kept_as_a_question_mark(judge, tmp_path, text):
+    server = judge(text)
+    for _ in range(2):
+        named = with_judgements(FRAME[:1], server.config, tmp_path).judged.tolist()
+        assert named == ["logic" if "logic" in text else "unclear"]
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["reply"] == text.encode("utf-8", "replace").decode()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"{}", b'{"reply": null}', b'{"reply": 3}', b"\xff", b"[" * 200_000],
+                         ids=lambda content: repr(content)[:30])
+def test_a_damaged_file_is_asked_for_again(judge, tmp_path, content):
+    server = judge("logic", "notation")
+    with_judgements(FRAME[:1], server.config, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    for _ in range(2):
+        assert with_judgements(FRAME[:1], server.config, tmp_path).judged.tolist() == ["notation"]
+    assert list(tmp_path.iterdir()) == [file] and len(server.asked) == 2
+
+
+def test_a_judge_who_sends_a_byte_now_and_then_is_given_up(judge):
+    end = threading.Event()
+    server = judge(b" " for _ in range(1000) if not end.wait(0.05))
+    begun = time.monotonic()
+    assert "nothing whole within 0.3 seconds" in refused(ask_judge, server.config.model_copy(update={"seconds": 0.3}), "?")
+    assert time.monotonic() - begun < 3
+    end.set()
+
+
+def test_a_judge_who_never_ends_is_given_up(judge):
+    sent = []
+    server = judge(sent.append(1) or b" " * 100_000 for _ in range(10_000))
+    assert "more than 1000000 bytes" in refused(ask_judge, server.config, "?")
+    assert len(sent) < 1000  # what fits into the buffers of the system
+
+
+def test_a_busy_judge_is_asked_again(judge, monkeypatch):
+    waited = []
+    monkeypatch.setattr(errors, "time", type("Clock", (), {"sleep": waited.append}))
+    server = judge(429, (503, {"Retry-After": "7"}), (500, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}), "logic")
+    assert ask_judge(server.config, "?") == "logic" and waited == [0.01, 7, 0.03]
+    server = judge(429, 500, 502, 503, "logic")
+    assert "HTTP Error 503" in refused(ask_judge, server.config, "?") and len(server.asked) == 4
+    server = judge((429, {"Retry-After": "9" * 5000}), "logic")
+    assert "HTTP Error 429" in refused(ask_judge, server.config, "?") and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("variable", ["", "OPENAI_API_KEY"])
+def test_a_key_is_sent_only_if_it_is_named(judge, monkeypatch, variable):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = judge("logic")
+    named = {"key_variable": variable} if variable else {}
+    ask_judge(JudgeConfig(url=server.config.url, model="judge", **named), "?")
+    assert server.asked[0][1] == ("Bearer secret" if variable else None)
+
+
+NEAR = ["https://a.org/v1", "http://localhost:8000/v1", "http://127.0.0.1", "http://[::1]:80/v1"]
+FAR = ["http://a.org/v1", "http://localhost.a.org", "http://localhost@a.org/", "http://127.0.0.1:80@a.org/", "http://127.0.0.11/",
+       "http://localhost:80\\@a.org", "http://a.org/localhost", "http://a.org?http://localhost/"]
+
+
+def test_a_key_does_not_travel_in_the_open(monkeypatch):
+    def config(url):
+        return JudgeConfig(url=url, model="judge", key_variable="JUDGE_KEY")
+
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    assert all(judge_request(config(url), "?").get_header("Authorization") == "Bearer secret" for url in NEAR)
+    for url in FAR:
+        assert "plain http" in (told := refused(ask_judge, config(url), "?")) and "secret" not in told
+    monkeypatch.setenv("JUDGE_KEY", "sec\nret")
+    assert "$JUDGE_KEY" in (told := refused(ask_judge, config(NEAR[0]), "?")) and "ret" not in told
+    monkeypatch.delenv("JUDGE_KEY")
+    assert not any(judge_request(config(url), "?").has_header("Authorization") for url in NEAR + FAR)
+
+
+def test_a_proxy_does_not_see_what_this_machine_is_asked(judge, monkeypatch):
+    proxy, server = judge(), judge("logic")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert ask_judge(server.config, "?") == "logic" and not proxy.asked
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://localhost:port", "http://a b/", "http://127.0.0.1:9/\u20ac"])
+def test_an_address_that_is_none_is_one_sentence(url):
+    assert "check the address" in refused(ask_judge, JudgeConfig(url=url, model="judge", seconds=5), "?")
+
+
+@pytest.mark.parametrize("reply, name", {
+    "Answer: logic": "logic", "**Wrong Formula**.": "wrong formula", "wrong_formula": "wrong formula", "the logic, I think": "logic",
+    "Not arithmetic.\nlogic": "logic", "Kind: notation\nI am sure.": "notation", "logic, arithmetic": "unclear",
+    "logic, and again logic": "logic", "arithmetic\nlogic\nboth": "unclear", "logical": "unclear", "formula": "unclear", "wrong": "unclear",
+}.items())
+def test_a_reply_counts_if_it_names_one_class(reply, name):
+    assert judged_class(reply) == name
 
 
 def test_nobody_there():
