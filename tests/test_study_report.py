@@ -4,14 +4,15 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from browser import page, until  # noqa: F401 (a fixture)
 from bs4 import BeautifulSoup
 
 from echochamber.core import outputs_folder, project_root, refused
 from echochamber.study.cli import main
-from echochamber.study.figures import FIGURES, picture_file, verdict_file
-from echochamber.study.report import COLOURS, report, verdicts, write_report
+from echochamber.study.figures import FIGURES, picture_file, table_file, verdict_file
+from echochamber.study.report import COLOURS, notebooks_in, report, short_name, verdicts, write_report
 
 REPORT = project_root() / "outputs/report.html"
 
@@ -39,6 +40,25 @@ def test_figures_without_results_are_named(soup):
     text = soup.find(id="findings").get_text()
     assert all(figure.title in text for name, figure in FIGURES.items() if name not in verdicts())
     assert ("Not measured yet" in text) == (len(verdicts()) < len(FIGURES))
+
+
+def test_costs_count_every_run_once(soup):
+    rows = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in soup.find(id="cost").tbody.find_all("tr")]
+    assert [row[0] for row in rows] == [*map(short_name, verdicts()), "all figures, each run once"]
+    files = {table_file(condition, "laptop", "_costs") for name in verdicts() for condition in FIGURES[name].conditions}
+    runs = pd.concat(map(pd.read_parquet, files)).drop_duplicates("reference")
+    assert int(rows[-1][1]) == len(runs) < sum(int(row[1]) for row in rows[:-1])
+    assert sum(map(float, rows[-1][3:])) == pytest.approx(runs.seconds.sum() / 3600, abs=0.01 * len(rows[-1][3:]))
+    told = soup.header.get_text()
+    assert all(machine in told for machine in runs.machine.unique()) and "0.0 hours on" not in soup.get_text()
+
+
+def test_figures_go_by_their_names_and_in_their_order(soup):
+    links = {link["href"][1:]: link.get_text() for link in soup.nav.find_all("a")}
+    assert all(links[name] == short_name(name) for name in verdicts())
+    assert {link.get_text() for link in soup.find(id="negative").find_all("a")} <= set(map(short_name, FIGURES))
+    assert [path.stem for path in notebooks_in("figures")] == [name for name in FIGURES if name in {path.stem for path in notebooks_in("figures")}]
+    assert [path.stem for path in notebooks_in("experiments")] == ["pretrain", "finetune", "evaluate"]
 
 
 def test_headings_and_landmarks_are_in_order(soup):
@@ -102,6 +122,31 @@ def test_what_is_broken_is_named_and_nothing_is_written(one_figure, broken, text
     assert sentence in said and "\n" not in said and not list(one_figure.rglob("*.html"))
 
 
+INCOMPLETE = pd.DataFrame({"reference": ["a"], "seconds": [1.0]}).to_parquet()
+
+
+@pytest.mark.parametrize(("ending", "damage"), [
+    ("_costs.parquet", lambda data: data[: len(data) // 2]), ("_costs.parquet", lambda data: b""), ("_costs.parquet", lambda data: INCOMPLETE),
+    ("_costs.parquet", None), (".json", lambda data: data[:40]), (".json", lambda data: data.replace(b'"seeds"', b'"sown"')),
+    (".json", lambda data: b'{"seeds": 3}'), (".json", lambda data: b"\xff"), (".json", None)])
+def test_a_damaged_table_is_named_with_its_mend(one_figure, ending, damage):
+    for whole in (REPORT.parent / "results/laptop").glob("grpo[._]*"):
+        if whole.name in ("grpo.json", "grpo_costs.parquet"):
+            shutil.copy(whole, one_figure / "results/laptop")
+    assert "Where the tables of E errors come from" in report()
+    file = one_figure / f"results/laptop/grpo{ending}"
+    file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
+    said = refused(write_report)
+    assert said.startswith(f"{file}: cannot be read") and f"`git checkout -- {file}`" in said and "\n" not in said
+    assert "`echochamber reproduce errors --preset laptop --seeds 5 --ship`" in said and not list(one_figure.rglob("*.html"))
+
+
+def test_an_incomplete_verdict_is_named_with_its_mend(one_figure):
+    file = verdict_file("errors", "laptop", ship=True)
+    file.write_text('{"claim": "E"}')
+    assert "does not tell finding, own" in (said := refused(report)) and "`echochamber figures errors --preset laptop`" in said
+
+
 def test_a_place_that_cannot_be_written_gets_one_sentence(one_figure, capfd):
     (one_figure / "report.html").mkdir()
     with pytest.raises(SystemExit) as end:
@@ -129,7 +174,7 @@ def look(page, width: int, scheme: str) -> None:  # noqa: F811
     for domain in ("Log", "Runtime", "Network", "Page"):
         page.send(f"{domain}.enable")
     page.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
-    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.send("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.events.clear()
     page.send("Page.navigate", url=REPORT.as_uri())
     until(lambda: page.value("document.readyState") == "complete" and len(page.value(PICTURES)) == len(verdicts())
@@ -162,3 +207,14 @@ def test_the_keyboard_reaches_the_findings_first(page):  # noqa: F811
     assert page.value("document.activeElement.textContent") == "Skip to the findings"
     assert page.value("document.activeElement.getBoundingClientRect().top") >= 0
     assert page.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+SEEN = "document.querySelector('details table').checkVisibility()"
+
+
+def test_on_paper_long_names_break_and_what_is_folded_is_open(page):  # noqa: F811
+    look(page, 700, "light")
+    assert page.value(SEEN) is False
+    page.send("Emulation.setEmulatedMedia", media="print")
+    assert page.value(SEEN) is True and page.value("document.documentElement.scrollWidth") <= 700
+    assert not page.value("[...document.querySelectorAll('.wide')].filter(box => box.scrollWidth > box.clientWidth).length")

@@ -314,7 +314,7 @@ def other_code(name: str, preset: str) -> list[str]:
     return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
             f"{name} --preset {preset} --seeds {max(other.values())} --ship` computes them again"]
 
-
+# %% ../../nbs/study/06_figures.ipynb #c0ffee12
 def collect(figure: Figure, preset: str, seeds: int) -> None:
     """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
 
