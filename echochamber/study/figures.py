@@ -7,7 +7,7 @@ __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', '
            'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching', 'as_trained',
            'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame', 'training_frame',
            'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
-           'condition_tables', 'shipped_seeds', 'rests_on_more', 'other_code', 'collect', 'FigureConfig',
+           'condition_tables', 'shipped_seeds', 'rests_on_more', 'collect', 'other_code', 'FigureConfig',
            'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file', 'publish',
            'redraw']
 
@@ -297,7 +297,8 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
 def shipped_seeds(condition: Condition, preset: str) -> tuple[int, bool]:
     "How many seeds the shipped tables of a condition rest on, and whether they were computed by this code."
     told = read_json(table_file(condition, preset).with_suffix(".json"))
-    return len(told.get("seeds", ())), told.get("code") == {run.stage: run.code for run in runs_of(condition, preset, 0)}
+    code = {run.stage: run.code for run in runs_of(condition, preset, 0)}
+    return len(told.get("seeds", ())), told.get("code") == code
 
 
 def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
@@ -306,15 +307,6 @@ def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
     return there if there > seeds and same else 0
 
 
-def other_code(name: str, preset: str) -> list[str]:
-    "A sentence if shipped results of a figure were computed by other code than this, with the command that mends it."
-    shipped = {one.name: shipped_seeds(one, preset) for one in FIGURES[name].conditions}
-    if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
-        return []
-    return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
-            f"{name} --preset {preset} --seeds {max(other.values())} --ship` computes them again"]
-
-# %% ../../nbs/study/06_figures.ipynb #c0ffee12
 def collect(figure: Figure, preset: str, seeds: int) -> None:
     """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
 
@@ -325,6 +317,15 @@ def collect(figure: Figure, preset: str, seeds: int) -> None:
         runs = [run for run, _ in labelled_runs(condition, preset, range(seeds))]
         origin = json.dumps(provenance_of(condition, runs), indent=2)
         write_if_new(table_file(condition, preset).with_suffix(".json"), origin.encode() + b"\n")
+
+# %% ../../nbs/study/06_figures.ipynb #c0ffee12
+def other_code(name: str, preset: str) -> list[str]:
+    "A sentence if shipped results of a figure were computed by other code than this, with the command that mends it."
+    shipped = {one.name: shipped_seeds(one, preset) for one in FIGURES[name].conditions}
+    if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
+        return []
+    return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
+            f"{name} --preset {preset} --seeds {max(other.values())} --ship` computes them again"]
 
 # %% ../../nbs/study/06_figures.ipynb #8cc0fe27
 class FigureConfig(StrictConfig):
