@@ -107,7 +107,10 @@ def test_damaged_run_is_named_and_computed_again_if_asked(place):
     child = child_of(run, "child")
     assert "model is missing" in refused(lambda: execute([child]))
     assert run.folder.exists() and child.status == "absent"
-    assert execute([child], redo=True, console=Console(file=io.StringIO())) == 2 and child.done
+    said = Console(file=io.StringIO(), width=200)
+    assert execute([child], redo=True, console=said) == 2 and child.done
+    aside = run.folder.parents[2] / "damaged" / run.reference
+    assert (aside / "DONE").exists() and str(aside) in said.file.getvalue()
 
 
 def test_a_terminal_shows_bars_and_the_share_of_cores_is_given(place):
