@@ -34,7 +34,7 @@ from .runs import Run, finished_run, open_run
 from .stages import EvaluateConfig, completions_sampled
 
 # %% ../../nbs/study/06_figures.ipynb #a3ed432c
-LEARNING_RATES = {"grpo": 1.0, "ppo": 1.0, "expert_iteration": 1.0, "sft": 1.0}  # times the preset's
+LEARNING_RATES = {"grpo": 2.0, "ppo": 2.0, "expert_iteration": 2.0, "sft": 1.0}  # times the preset's
 
 
 def tuned(algorithm: str, *changes: tuple[str, Any], **fields) -> Condition:
