@@ -31,7 +31,7 @@ DRAWN = [name for name, figure in FIGURES.items() if all((SHIPPED / f"{one.name}
 def redrawn(tmp_path_factory):
     "Every figure drawn from the committed tables into an outputs folder of its own."
     outputs = tmp_path_factory.mktemp("outputs")
-    shutil.copytree(SHIPPED, outputs / "results/laptop", ignore=shutil.ignore_patterns(*(f"{name}.json" for name in FIGURES)))
+    shutil.copytree(SHIPPED, outputs / "results/laptop", ignore=shutil.ignore_patterns(*(f"{name}.{ending}" for name in FIGURES for ending in ("json", "csv", "md"))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECHOCHAMBER_OUTPUTS", str(outputs))
         lines = redraw("laptop")
@@ -52,6 +52,14 @@ def printed(notebook: Path) -> list[str]:
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_verdict_is_the_committed_one(redrawn, name):
     assert read_json(redrawn / f"results/laptop/{name}.json") == read_json(SHIPPED / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_tables_are_the_committed_ones(redrawn, name):
+    drawn, committed = (folder / f"results/laptop/{name}.md" for folder in (redrawn, ROOT / "outputs"))
+    assert drawn.read_text() == committed.read_text()
+    tables = [pd.read_csv(file.with_suffix(".csv")) for file in (drawn, committed)]
+    pd.testing.assert_frame_equal(*tables, rtol=0, atol=2e-4)  # four places are written
 
 
 @pytest.mark.parametrize("name", DRAWN)

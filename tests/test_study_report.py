@@ -1,6 +1,7 @@
 "The report in the repository is what is written from what is committed, whole, and good to read wherever it is opened."
 import json
 import shutil
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bs4 import BeautifulSoup
 from echochamber.core import outputs_folder, project_root, refused
 from echochamber.study.cli import main
 from echochamber.study.figures import FIGURES, picture_file, table_file, verdict_file
-from echochamber.study.report import COLOURS, notebooks_in, report, short_name, verdicts, write_report
+from echochamber.study.report import COLOURS, PREDICTED, notebooks_in, report, short_name, verdicts, write_report
 
 REPORT = project_root() / "outputs/report.html"
 
@@ -24,6 +25,21 @@ def soup() -> BeautifulSoup:
 
 def test_it_is_what_is_written_from_what_is_committed():
     assert report() == REPORT.read_text(encoding="utf-8"), "run `echochamber report` after `make figures`"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_commits_of_a_prediction_are_those_of_its_history(name):
+    "A commit cannot know its own name, so the last one may be missing here until the next."
+    def git(*arguments: str) -> str:
+        told = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
+        return told.stdout if told.returncode == 0 else ""
+
+    if git("rev-parse", "--is-shallow-repository").strip() != "false":
+        pytest.skip("there is no history here")
+    history = git("log", "--reverse", "--abbrev=7", "--no-patch", "--format=%h",
+                  f"-L/Prediction/,/What would refute/:nbs/figures/{name}.ipynb").split()
+    named = PREDICTED[name].split()
+    assert history[: len(named)] == named and len(history) - len(named) <= 1, f"PREDICTED lacks some of {' '.join(history)}"
 
 
 def test_every_figure_has_its_article_in_the_order_of_the_argument(soup):

@@ -7,7 +7,8 @@ __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pa
            'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'write_caption', 'Results', 'value', 'change',
            'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'problem_facts', 'among',
            'over_seeds', 'crossing', 'gain_by_base', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown',
-           'status_of', 'within', 'all_within', 'Verdict', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
+           'status_of', 'within', 'all_within', 'Verdict', 'ends_table', 'to_markdown', 'write_tables', 'verdict_line',
+           'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 from scipy.optimize import isotonic_regression
 
-from ..core import StudyError, content_hash, write_json
+from ..core import StudyError, content_hash, write_json, write_text
 from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, paired_difference
 from ..grading.metrics import share as ratio
-from ..plots import caption
+from ..plots import FORMAT_STYLE, caption
 from .conditions import Condition, runs_of
 from .presets import find_preset
 from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_json, table_file
@@ -380,6 +381,37 @@ class Verdict:
         rows = [one | {"holds": ANSWERS[one["holds"]]} for one in self.predictions]
         return pd.DataFrame(rows)[["prediction", "measured", "holds"]]
 
+# %% ../../nbs/study/07_reading.ipynb #1505e2f2
+def ends_table(results: Results) -> pd.DataFrame:
+    """Every metric of all conditions where they begin and end: `condition`, `step`, `metric`, `mode`, `format`, `k`,
+    `value`, `low`, `high`, the completions or problems `n` and the `seeds`; a metric of no completion is left out."""
+    ends = {(name, step): None for name in results.seed_counts for step in np.array(results.steps(name))[[0, -1]]}
+    found = pd.concat([results.summary(*place).assign(condition=place[0], step=place[1]) for place in ends])
+    return found.loc[(found.outcome == "all") & (found.n > 0), [
+        "condition", "step", "metric", "mode", "format", "k", "value", "low", "high", "n", "seeds"]]
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    "A table of texts as Markdown, without its index."
+    cells = [list(table), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in cells)
+
+# %% ../../nbs/study/07_reading.ipynb #7b6f8b27
+def write_tables(folder: Path, verdict: Verdict, results: Results, finding: str) -> None:
+    "Write `tables.csv`, all of `ends_table`, and `tables.md`, what a reader wants of it, into the folder of a figure."
+    wanted = {f"share of {FORMAT_STYLE[one]['label']}": share(one) for one in FORMATS} | {
+        "accuracy (sampled)": ACCURACY, "pass@1 (greedy)": GREEDY, f"maj@{results.ks[-1]}": majority_at(results.ks[-1]),
+        f"pass@{results.ks[-1]}": pass_at(results.ks[-1])}
+    table = ends_table(results)
+    rows = [{"condition": name, "step": step, "seeds": results.seed_counts[name]}
+            | {label: with_interval(value(results, (name, step), metric)) for label, metric in wanted.items()}
+            for name, step in table[["condition", "step"]].drop_duplicates().itertuples(index=False)]
+    write_text(folder / "tables.csv", table.to_csv(index=False, float_format="%.4f"))
+    write_text(folder / "tables.md", f"# {verdict.claim}: {verdict.status}\n\n{finding[:1].upper()}{finding[1:]}.\n\n"
+               f"{to_markdown(verdict.table)}\nWhere each condition begins and ends (preset {results.preset}, "
+               f"{results.problems} problems, intervals of 95 % over problems and seeds):\n\n"
+               f"{to_markdown(pd.DataFrame(rows))}")
+
 # %% ../../nbs/study/07_reading.ipynb #df8f128f
 def verdict_line(verdict: Verdict, finding: str, own: str = "") -> str:
     "Claim, status, what was found, how many predictions hold, which do not, and where the reader's seed lies."
@@ -393,12 +425,13 @@ def verdict_line(verdict: Verdict, finding: str, own: str = "") -> str:
 
 
 def write_verdict(folder: Path, verdict: Verdict, results: Results, finding: str, own: str = "") -> str:
-    "Write `verdict.json` into the folder of a figure; its line."
+    "Write `verdict.json`, `tables.csv` and `tables.md` into the folder of a figure; its line."
     line = verdict_line(verdict, finding, own)
     write_json(folder / "verdict.json", {
         "claim": verdict.claim, "status": verdict.status, "line": line, "finding": finding, "own": own,
         "preset": results.preset, "seeds": len(results.seeds), "one_pretraining": bool(results.one_pretraining),
         "predictions": verdict.predictions, "refuted_by": verdict.refuted_by})
+    write_tables(folder, verdict, results, finding)
     return line
 
 # %% ../../nbs/study/07_reading.ipynb #70ec7d0c
