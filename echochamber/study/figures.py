@@ -51,6 +51,7 @@ class Figure(StrictConfig):
     claim: str = Field(description="number of the claim in the paper, C1 to C8, or a letter of our own")
     title: str = Field(description="the claim in one line")
     conditions: tuple[Condition, ...] = Field(min_length=1)
+    needs: int | None = Field(None, description="how many of its first conditions are enough to draw it; None: all")
 
 
 def by_name(*figures: Figure) -> dict[str, Figure]:
@@ -173,7 +174,7 @@ def foretold(figures: dict[str, Figure]) -> tuple[Condition, ...]:
 
 
 FIGURES |= by_name(Figure(name="theory", claim="C8", title="one law foretells the formats of every run",
-                          conditions=foretold(FIGURES)))
+                          conditions=foretold(FIGURES), needs=2))
 
 # %% ../../nbs/study/06_figures.ipynb #f9a6eec8
 def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list[Run]:
@@ -340,23 +341,23 @@ class FigureConfig(StrictConfig):
     evaluations: tuple[str, ...] = Field((), description="references of the reader's evaluations")
 
 # %% ../../nbs/study/06_figures.ipynb #12d7eb05
-def table_hashes(conditions: Sequence[Condition], preset: str) -> dict[str, str]:
-    "Content hash of every shipped table of these conditions; empty if one of them has no evaluations."
-    files = [table_file(condition, preset, part) for condition in conditions for part in TABLES]
-    complete = all(file.exists() for file in files[:: len(TABLES)])
-    return {file.name: content_hash(file) for file in files if file.exists()} if complete else {}
+def table_hashes(figure: Figure, preset: str) -> dict[str, str]:
+    "Content hash of every shipped table of a figure; empty if a condition that it `needs` has no evaluations."
+    files = [table_file(condition, preset, part) for condition in figure.conditions for part in TABLES]
+    enough = all(file.exists() for file in files[:: len(TABLES)][: figure.needs])
+    return {file.name: content_hash(file) for file in files if file.exists()} if enough else {}
 
 
 def figure_run(figure: Figure, preset: str, seeds: Sequence[int] = ()) -> Run:
     """The run that draws a figure from the shipped tables, and from seeds of the reader's own.
 
     Raises `StudyError` if there is nothing to draw."""
-    shipped = table_hashes(figure.conditions, preset)
+    shipped = table_hashes(figure, preset)
     if not (shipped or seeds):
         raise StudyError(f"{figure.name}: not all its conditions have results at preset {preset}; "
                          f"`echochamber reproduce {figure.name} --preset {preset}` computes them")
     parents = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
-    fields = figure.model_dump(exclude={"name"}) | {"figure": figure.name, "preset": preset}
+    fields = figure.model_dump(exclude={"name", "needs"}) | {"figure": figure.name, "preset": preset}
     config = FigureConfig(**fields, shipped=shipped, seeds=seeds, evaluations=[run.reference for run in parents])
     return Run("figure", f"{figure.name}-{preset}", config, parents)
 
@@ -413,7 +414,7 @@ def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[s
 
     Raises `StudyError` if one fails, or no results of the preset are shipped."""
     find_preset(preset)
-    if not (names := names or [name for name, one in FIGURES.items() if table_hashes(one.conditions, preset)]):
+    if not (names := names or [name for name, one in FIGURES.items() if table_hashes(one, preset)]):
         raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
                          "figures of your own")
     drawings = [figure_run(FIGURES[name], preset) for name in names]

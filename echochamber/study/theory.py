@@ -366,13 +366,16 @@ Runs = dict[tuple[str, int], MeasuredRun]  # by condition and seed
 
 
 def score(predicted: Path, run: MeasuredRun) -> dict:
-    "How well a path foretold a run: its winner, the error of the winner's final share, the error along the path."
+    """How well a path foretold a run: its winner, the error of the winner's final share, the error along the path, and
+    that of accuracies within formats, each weighed by its format's share."""
     measured, found = run.path, predicted.at(run.path.steps)
     noise = np.sqrt((measured.shares * (1 - measured.shares)).mean() / run.rollouts)
+    missed = measured.shares * np.square(np.nan_to_num(found.accuracies - measured.accuracies))
     return {"winner": FORMATS[measured.winner], "predicted": FORMATS[found.winner],
             "right": found.winner == measured.winner, "share": measured.shares[-1, measured.winner],
             "final_error": found.shares[-1, measured.winner] - measured.shares[-1, measured.winner],
-            "rmse": np.sqrt(np.square(found.shares - measured.shares).mean()), "floor": noise}
+            "rmse": np.sqrt(np.square(found.shares - measured.shares).mean()), "floor": noise,
+            "accuracy_error": np.sqrt(missed.sum(-1).mean())}
 
 
 def score_table(predictions: dict[str, dict[tuple[str, int], Path]], runs: Runs,
@@ -388,4 +391,4 @@ def score_totals(table: pd.DataFrame, *by: str) -> pd.DataFrame:
     rms = lambda values: float(np.sqrt(np.square(values).mean()))
     new = table[~table.fitted].groupby(["law", *by] if by else "law", sort=False)
     return new.agg(runs=("right", "size"), right=("right", "sum"), final_error=("final_error", rms),
-                   rmse=("rmse", rms), floor=("floor", rms))
+                   rmse=("rmse", rms), floor=("floor", rms), accuracy_error=("accuracy_error", rms))
