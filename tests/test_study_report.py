@@ -62,7 +62,7 @@ def test_costs_count_every_run_once(soup):
     rows = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in soup.find(id="cost").tbody.find_all("tr")]
     assert [row[0] for row in rows] == [*map(short_name, verdicts()), "all figures, each run once"]
     files = {table_file(condition, "laptop", "_costs") for name in verdicts() for condition in FIGURES[name].conditions}
-    runs = pd.concat(map(pd.read_parquet, files)).drop_duplicates("reference")
+    runs = pd.concat(pd.read_parquet(file) for file in files if file.exists()).drop_duplicates("reference")
     assert int(rows[-1][1]) == len(runs) < sum(int(row[1]) for row in rows[:-1])
     assert sum(map(float, rows[-1][3:])) == pytest.approx(runs.seconds.sum() / 3600, abs=0.01 * len(rows[-1][3:]))
     told = soup.header.get_text()

@@ -377,7 +377,7 @@ def score(predicted: Path, run: MeasuredRun) -> dict:
             "rmse": np.sqrt(np.square(found.shares - measured.shares).mean()), "floor": noise,
             "accuracy_error": np.sqrt(missed.sum(-1).mean())}
 
-
+# %% ../../nbs/study/14_theory.ipynb #ef06c150
 def score_table(predictions: dict[str, dict[tuple[str, int], Path]], runs: Runs,
                 fitted: Collection[tuple[str, int]] = ()) -> pd.DataFrame:
     "A row per law (or rival), condition and seed; `fitted` marks the runs that the constants come from."
