@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
            'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'write_caption', 'Results', 'value', 'change',
-           'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'problem_facts', 'among',
-           'over_seeds', 'crossing', 'gain_by_base', 'format_sums', 'format_distance', 'chance_of_decline', 'drawdown',
-           'status_of', 'within', 'all_within', 'Verdict', 'ends_table', 'to_markdown', 'write_tables', 'verdict_line',
-           'write_verdict', 'own_seed_line', 'place_of']
+           'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'own_sweep',
+           'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base', 'format_sums',
+           'format_distance', 'chance_of_decline', 'drawdown', 'status_of', 'within', 'all_within', 'Verdict',
+           'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 from scipy.optimize import isotonic_regression
@@ -26,7 +27,7 @@ from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, paired_difference
 from ..grading.metrics import share as ratio
-from ..plots import FORMAT_STYLE, caption
+from ..plots import FORMAT_STYLE, caption, draw_own_seed, plot_interval
 from .conditions import Condition, runs_of
 from .presets import find_preset
 from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_json, table_file
@@ -233,6 +234,22 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
         frame_of = values.rename_axis("seed").rename("value").reset_index()
         parts.append(frame_of.assign(step=step, sampled=rows.sampled.max()))
     return pd.concat(parts[1:] or parts, ignore_index=True)
+
+# %% ../../nbs/study/07_reading.ipynb #295ac3ce
+def own_sweep(results: Results, places: dict[float, Checkpoint], metric: Metric) -> pd.DataFrame:
+    "A metric of the reader's seeds at checkpoints, each by its number: `x`, `seed`, `value`; no row without such seeds."
+    parts = [pd.DataFrame(columns=["x", "seed", "value"])]
+    for x, (condition, step) in places.items():
+        rows = seed_curves(results, condition, metric, own=True)
+        parts.append(rows.loc[rows.step == step, ["seed", "value"]].assign(x=x))
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+
+def draw_sweep(results: Results, places: dict[float, Checkpoint], metric: Metric, axes: Axes, **style) -> None:
+    "`sweep` with its intervals, and over it each of the reader's own seeds; `style` goes to `Axes.plot`."
+    plot_interval(sweep(results, places, metric), "x", axes, **style)
+    for _, own in own_sweep(results, places, metric).groupby("seed"):
+        draw_own_seed(own, "x", axes, legend="_own", **style)
 
 # %% ../../nbs/study/07_reading.ipynb #a41667e9
 def problem_facts(condition: Condition, preset: str, count: int) -> pd.DataFrame:
