@@ -98,6 +98,9 @@ FIGURES |= by_name(
                        *(Condition(checkpoints="ends", changes=(("rl.steps", times),)) for times in ("x0.5", "x2")))),
     Figure(name="errors", claim="E", title="RL chooses better formats, and writes better within them",
            conditions=(Condition(), Condition(algorithm="ppo"))),
+    Figure(name="entropy", claim="H", title="accuracy is bought with entropy, so a run's beginning tells its end",
+           conditions=(*(Condition(algorithm=one) for one in ("ppo", "grpo")),
+                       *(penalties(one, 1.0)[1] for one in ("ppo", "grpo")))),
     Figure(name="verifier", claim="V", title="the sign of TPR − FPR decides between learning and collapse",
            conditions=(Condition(), *map(errs, (0.8, 0.6, 0.5, 0.4, 0.2)),
                        *(Condition(checkpoints="ends", changes=(change,))
