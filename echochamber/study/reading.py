@@ -237,7 +237,7 @@ def seed_curves(results: Results, condition: str, metric: Metric, own: bool = Fa
 
 # %% ../../nbs/study/07_reading.ipynb #295ac3ce
 def own_sweep(results: Results, places: dict[float, Checkpoint], metric: Metric) -> pd.DataFrame:
-    "A metric of the reader's seeds at checkpoints, each by its number: `x`, `seed`, `value`; no row without such seeds."
+    "A metric of the reader's own seeds at checkpoints, each by its number: `x`, `seed`, `value`."
     parts = [pd.DataFrame(columns=["x", "seed", "value"])]
     for x, (condition, step) in places.items():
         rows = seed_curves(results, condition, metric, own=True)
