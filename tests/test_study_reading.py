@@ -4,6 +4,7 @@ import json
 import shutil
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from pretended_runs import pretend_runs
@@ -124,10 +125,10 @@ def test_a_model_that_never_moves_is_not_reproduced(shipped):
     assert verdict.status == "not reproduced" and [one["holds"] for one in verdict.predictions] == [False] * 5
 
 
-def relabel(name: str, shipped, table_of) -> dict:
+def relabel(name: str, shipped, table_of, problems: int = 40) -> dict:
     "Tables of a figure's conditions from few problems of the shipped ones, as `table_of` changes them; the names of its notebook."
     grpo = pd.read_parquet(SHIPPED / "grpo.parquet")
-    few = grpo[(grpo.problem < 40) & grpo.step.isin((0, 120))].astype({"format": str, "outcome": str})
+    few = grpo[(grpo.problem < problems) & grpo.step.isin((0, 120))].astype({"format": str, "outcome": str})
     for condition in FIGURES[name].conditions:
         write_table(table_file(condition, "laptop"), table_of(condition, few).assign(**condition_labels(condition)))
         for part in ("_training", "_costs"):
@@ -164,6 +165,53 @@ def test_rl_that_teaches_nothing_transfers_nothing(shipped):
     held = [one["holds"] for one in names["verdict"].predictions]
     assert names["verdict"].status == "not reproduced" and not held[0] and held[2] is not False and not held[4]
     assert all(table.value.abs().max() < 1e-9 for table in names["edges"].values()), "nothing regresses to the mean"
+
+
+def ends_where_it_began(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([rows[rows.step == 0].assign(step=step) for step in (0, 120)])
+
+
+def test_a_penalty_keeps_a_minority_only_if_it_does(shipped):
+    "The kl figure where no penalty matters, and where one of 0.01 stops everything."
+    none = relabel("kl", shipped, lambda condition, rows: rows, problems=200)["verdict"]
+    assert [one["holds"] for one in none.predictions[:5]] == [False, True, False, True, True] and none.status == "not reproduced"
+
+    def stopped(condition, rows):
+        return ends_where_it_began(rows) if condition.kl_coefficient >= 0.01 else rows
+    papers = relabel("kl", shipped, stopped, problems=200)["verdict"]
+    assert [one["holds"] for one in papers.predictions[:5]] == [True, True, True, True, False], papers.table.to_string()
+
+
+def test_rl_that_does_nothing_mends_nothing(shipped):
+    "The errors figure where the end is the start."
+    verdict = relabel("errors", shipped, lambda condition, rows: ends_where_it_began(rows))["verdict"]
+    assert verdict.status == "not reproduced" and not any(one["holds"] for one in verdict.predictions[:3])
+
+
+def test_a_verifier_that_does_not_matter_is_seen(shipped):
+    "The verifier figure where every verifier teaches as much, also the one that rewards wrong answers."
+    verdict = relabel("verifier", shipped, lambda condition, rows: rows, problems=200)["verdict"]
+    assert [one["holds"] for one in verdict.predictions] == [False, False, True, True, True] and verdict.status == "not reproduced"
+
+
+def test_entropy_that_buys_accuracy_is_told_from_entropy_that_does_not(shipped):
+    "The entropy figure on rewards that lie on its curve, and on rewards that rise while entropy stays."
+    def status(entropy, reward) -> list:
+        def training(name: str, rows: pd.DataFrame) -> None:
+            noise = np.random.default_rng(len(name)).normal(0, 0.004, len(rows))
+            found = entropy(rows.step.astype(float)) + noise
+            write_table(shipped / f"{name}_training.parquet", rows.assign(entropy=found, reward=reward(found, rows.step)))
+
+        grpo = pd.read_parquet(SHIPPED / "grpo_training.parquet").astype({"entropy": float, "reward": float})
+        for condition in FIGURES["entropy"].conditions:
+            rows = pd.read_parquet(SHIPPED / "grpo.parquet")
+            write_table(table_file(condition, "laptop"), rows[rows.problem < 9].assign(**condition_labels(condition)))
+            training(condition.name, grpo[grpo.stage == "finetune"].assign(**condition_labels(condition)))
+        return [one["holds"] for one in run_cells("entropy")["verdict"].predictions]
+
+    falls = lambda step: 0.2 * np.exp(-step / 40)
+    assert status(falls, lambda found, step: 2.3 - 1.5 * np.exp(found))[:4] == [True] * 4
+    assert status(lambda step: 0.1, lambda found, step: 0.3 + 0.004 * step)[:2] == [False, False]
 
 
 def test_a_verdict_without_its_headline_is_not_reproduced():
