@@ -414,7 +414,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in cells)
 
 # %% ../../nbs/study/07_reading.ipynb #7b6f8b27
-def write_tables(folder: Path, verdict: Verdict, results: Results, finding: str) -> None:
+def write_tables(folder: Path, verdict: Verdict, results: Results, finding: str, own: str = "") -> None:
     "Write `tables.csv`, all of `ends_table`, and `tables.md`, what a reader wants of it, into the folder of a figure."
     wanted = {f"share of {FORMAT_STYLE[one]['label']}": share(one) for one in FORMATS} | {
         "accuracy (sampled)": ACCURACY, "pass@1 (greedy)": GREEDY, f"maj@{results.ks[-1]}": majority_at(results.ks[-1]),
@@ -424,9 +424,10 @@ def write_tables(folder: Path, verdict: Verdict, results: Results, finding: str)
             | {label: with_interval(value(results, (name, step), metric)) for label, metric in wanted.items()}
             for name, step in table[["condition", "step"]].drop_duplicates().itertuples(index=False)]
     write_text(folder / "tables.csv", table.to_csv(index=False, float_format="%.4f"))
-    write_text(folder / "tables.md", f"# {verdict.claim}: {verdict.status}\n\n{finding[:1].upper()}{finding[1:]}.\n\n"
-               f"{to_markdown(verdict.table)}\nWhere each condition begins and ends (preset {results.preset}, "
-               f"{results.problems} problems, intervals of 95 % over problems and seeds):\n\n"
+    head = f"# {verdict.claim}: {verdict.status}\n\n{finding[:1].upper()}{finding[1:]}. {own}".rstrip()
+    write_text(folder / "tables.md", f"{head}\n\n{to_markdown(verdict.table)}\n"
+               f"Where each condition begins and ends (preset {results.preset}, {results.problems} problems, intervals "
+               f"of 95 % over problems and seeds):\n\n"
                f"{to_markdown(pd.DataFrame(rows))}")
 
 # %% ../../nbs/study/07_reading.ipynb #df8f128f
@@ -448,7 +449,7 @@ def write_verdict(folder: Path, verdict: Verdict, results: Results, finding: str
         "claim": verdict.claim, "status": verdict.status, "line": line, "finding": finding, "own": own,
         "preset": results.preset, "seeds": len(results.seeds), "one_pretraining": bool(results.one_pretraining),
         "predictions": verdict.predictions, "refuted_by": verdict.refuted_by})
-    write_tables(folder, verdict, results, finding)
+    write_tables(folder, verdict, results, finding, own)
     return line
 
 # %% ../../nbs/study/07_reading.ipynb #70ec7d0c

@@ -268,7 +268,7 @@ def when_predicted(name: str) -> str:
     "Which commits wrote and changed the predictions of a figure, and how to read them; empty if that is not known."
     if not (commits := PREDICTED.get(name, "").split()):
         return ""
-    changed = f", their wording touched at {', '.join(commits[1:])}" if commits[1:] else ""
+    changed = f", changed at {', '.join(commits[1:])}" if commits[1:] else ""
     return Markup("Predictions committed at {}{}; <code>{}</code> shows each.").format(
         commits[0], changed, HISTORY.format(name))
 
@@ -452,13 +452,14 @@ FIGURE += """
 <figcaption>{{ row.title | capitalise }}. Drawn by <a href="{{ notebook }}">{{ name }}</a>, where every number has its
 cell.</figcaption></figure>
 <h3>Command</h3>
-<pre><code>echochamber reproduce {{ name }} --preset {{ preset }} --seeds {{ verdict.seeds }}
-{%- if ship %}
+<pre><code>
+{%- if whole %}echochamber reproduce {{ name }} --preset {{ preset }} --seeds {{ verdict.seeds }}
 
-# the picture alone, from the tables in the repository
+{% endif %}
+{%- if ship %}# {{ "the picture alone, " if whole }}from the tables in the repository
 echochamber figures {{ name }} --preset {{ preset }}
 {%- endif %}</code></pre>
-<p>Its numbers: <code>outputs/{{ tables.with_suffix(".csv") }}</code> and
+<p>Metrics where each condition begins and ends: <code>outputs/{{ tables.with_suffix(".csv") }}</code> and
 <code>outputs/{{ tables.with_suffix(".md") }}</code>.</p>
 <h3>Cost and provenance</h3>
 <p>{{ cost }}</p>
@@ -491,7 +492,7 @@ right answers, and nothing else. Which format do its answers take, and are they 
 <main>
 <section id="findings" aria-labelledby="findings-title"><h2 id="findings-title">Findings</h2>
 {{ table("Every claim and what came of it", overview) }}
-<p class="quiet">C1 to C8 are claims of the paper; single letters are claims of our own.</p>
+<p class="quiet">C1 to C8 are claims of the paper; single letters are claims of others, or our own.</p>
 {% if missing %}<p class="quiet">Not measured yet: {{ missing | join("; ") }}.</p>{% endif %}
 </section>
 """
@@ -541,7 +542,8 @@ Completions are graded one by one: the format is parsed, programs run in a sandb
 ([answers](grading/03_answers.ipynb)). Intervals are of 95 %, over problems and seeds; differences are paired, on the
 same problems and the same random streams ([metrics](grading/04_metrics.ipynb)). A verdict follows from its predictions:
 headlines decide whether a claim is reproduced, all of them whether fully or partly ([reading](study/07_reading.ipynb)).
-*No*: what was predicted was not met, be it that an interval is too wide for it; *undecided*: the interval cannot tell.
+*Yes* and *no* follow the wording of a prediction: one that asks for an interval on one side of 0 is a *no* where the
+interval holds 0, however wide it is; one that names a margin is *undecided* where the interval cannot tell.
 
 Which format wins is no discovery about formats. The sources are written by us, their errors too
 ([corpora](data/02_corpora.ipynb)), and these decide which format is the most accurate when RL begins.
@@ -566,7 +568,8 @@ def article(name: str, preset: str = "laptop", ship: bool = True, base: str = ".
                                    for note, part in told.groupby("note", sort=False) if note]
     return Markup(templates.get_template("figure").render(
         name=name, preset=preset, ship=ship, row=row, verdict=verdict, predictions=predictions, notes=notes,
-        predicted=when_predicted(name), argument=argument(name, base), picture=picture(name, preset, ship),
+        whole=figure.needs is None or not ship, predicted=when_predicted(name), argument=argument(name, base),
+        picture=picture(name, preset, ship),
         cost=cost_sentence(figure, preset), tables=verdict_file(name, preset, ship).relative_to(outputs_folder()),
         evidence=told.drop(columns="note", errors="ignore").to_dict("records"),
         notebook=link_to(f"figures/{name}.ipynb", base)))
