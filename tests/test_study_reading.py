@@ -11,7 +11,7 @@ from pretended_runs import pretend_runs
 
 from echochamber.core import StudyError, project_root
 from echochamber.study.conditions import Condition, condition_labels
-from echochamber.study.figures import FIGURES, figure_run, table_file, write_table
+from echochamber.study.figures import FIGURES, TABLES, figure_run, table_file, write_table
 from echochamber.study.reading import (
     ACCURACY,
     GREEDY,
@@ -212,6 +212,25 @@ def test_entropy_that_buys_accuracy_is_told_from_entropy_that_does_not(shipped):
     falls = lambda step: 0.2 * np.exp(-step / 40)
     assert status(falls, lambda found, step: 2.3 - 1.5 * np.exp(found)) == [True] * 4 + [None]
     assert status(lambda step: 0.1, lambda found, step: 0.3 + 0.004 * step)[:2] == [False, False]
+
+
+def test_a_law_that_errs_is_seen(shipped):
+    "The theory figure on the runs of convergence alone, and where programs win although prose is the accurate one."
+    for file in shipped.glob("*.parquet"):
+        if file.stem not in {f"{one.name}{part}" for one in (PPO, GRPO) for part in TABLES}:
+            file.unlink()
+
+    def verdict(change) -> Verdict:
+        for condition in (PPO, GRPO):
+            rows = pd.read_parquet(SHIPPED / f"{condition.name}_training.parquet")
+            write_table(shipped / f"{condition.name}_training.parquet", change(rows))
+        return run_cells("theory")["verdict"]
+
+    right = [one["holds"] for one in verdict(lambda rows: rows).predictions]
+    assert right[0] and right[2]
+    exchanged = {"accuracy_tinygsm": "accuracy_omi2", "accuracy_omi2": "accuracy_tinygsm"}
+    wrong = verdict(lambda rows: rows.rename(columns=exchanged))
+    assert wrong.status == "not reproduced" and not any(one["holds"] for one in wrong.predictions[:3])
 
 
 def test_a_verdict_without_its_headline_is_not_reproduced():
