@@ -1,11 +1,13 @@
 "The Hub's answers, good and bad, from a client without a network."
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CollectionItem
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from echochamber.core import StudyError
+from echochamber.data.files import patiently
 from echochamber.data.tokens import train_tokenizer
 from echochamber.models import hub
 from echochamber.models.checkpoints import export_to_transformers, load_model, save_model
@@ -50,12 +52,45 @@ def snapshot(tmp_path):
 
 @pytest.mark.parametrize("error, told", [
     (refusal(GatedRepoError, 403), "is gated; accept its conditions at https://huggingface.co/"), (refusal(RepositoryNotFoundError), "not to be found"),
-    (refusal(RevisionNotFoundError), "no such revision"), (refusal(HfHubHTTPError, 429, **{"Retry-After": "42"}), "try again in 42 seconds"),
+    (refusal(RevisionNotFoundError), "no such revision"),
     (refusal(HfHubHTTPError, 503), "cannot be fetched"), (ConnectionError("no route\nto host"), "connect to the network")])
 def test_every_refusal_is_one_sentence_with_a_mend(error, told):
     refusing = client(get_collection=raises(error), snapshot_download=raises(error))
     assert told in sentence(list_models, client=refusing)
     assert told in (said := sentence(fetch_model, NAME, client=refusing)) and said.startswith(NAME)
+
+
+def behind_the_cache(error: Exception) -> Exception:
+    "How the library tells an answer while it looks whether the files are in its cache: they are not, because of that."
+    told = LocalEntryNotFoundError("cannot find an appropriate cached snapshot folder")
+    told.__cause__ = error
+    return told
+
+
+@pytest.mark.parametrize("hide", [lambda error: error, behind_the_cache], ids=["plain", "behind the cache"])
+def test_the_hub_is_waited_for_when_it_asks_to(hide, snapshot, monkeypatch):
+    said, slept, busy = [], [], hide(refusal(HfHubHTTPError, 429, **{"Retry-After": "42"}))
+    answers = [busy, busy, str(snapshot), busy, SimpleNamespace(title="some", items=[])]
+
+    def answer(*arguments, **options):
+        if isinstance(word := answers.pop(0), Exception):
+            raise word
+        return word
+    monkeypatch.setattr(hub, "patiently", partial(patiently, say=said.append, sleep=slept.append))
+    assert fetch_model(NAME, client=client(snapshot_download=answer)) == snapshot
+    assert list_models(COLLECTIONS[:1], client=client(get_collection=answer)) == {"some": []}
+    assert slept == [43] * 3 and "asks to wait 42 s" in said[0]
+
+
+def test_a_hub_that_never_stops_asking_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(hub, "patiently", partial(patiently, say=lambda word: None, sleep=lambda seconds: None))
+    busy = client(snapshot_download=raises(refusal(HfHubHTTPError, 429)))
+    assert "run the same command later" in sentence(fetch_model, NAME, client=busy)
+
+
+def test_no_network_is_no_reason_to_give_a_folder_where_a_list_was_asked_for():
+    offline = client(get_collection=raises(ConnectionError("no route")))
+    assert "folder" not in (said := sentence(list_models, client=offline)) and "look at https://huggingface.co/rosieyzh" in said
 
 
 def test_a_bug_of_ours_is_no_refusal():
