@@ -1,4 +1,5 @@
 "A server that answers like the Hub, with the files of a mirror: revisions, trees, and ranges of bytes; it can be made to refuse."
+import hashlib
 import json
 import re
 import threading
@@ -81,7 +82,7 @@ class Answer(BaseHTTPRequestHandler):
             self.server.limited -= 1
             return self.reply(429, b"{}", Retry_After="0", RateLimit='"resolvers";r=0;t=0')
         content, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        about = {"ETag": '"0"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        about = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         if not asked:
             return self.reply(200, content, **about)
         start, stop = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))

@@ -227,13 +227,16 @@ def data(action: Annotated[str, typer.Argument(help="plan or prepare")], sources
     """Plan a corpus of the Hub (tokens, disk, requests, time; nothing is fetched), or prepare it for pretraining.
 
     Example: echochamber data plan tinygsm finemath=2e9 algebraic-stack=1e9"""
-    from echochamber.data import preparation
+    from echochamber.data.preparation import corpus_config, corpus_folder
+    from echochamber.study.real_data import corpus_plan, plan_lines, shortage
     require_action(action)
-    chosen, folder = preparation.corpus_config(sources or (), config), preparation.corpus_folder(typed_path(name))
-    plan = preparation.planned(chosen, folder, mirror)
-    say(*preparation.cost_lines(plan, folder, workers, megabytes_per_second))
+    chosen, folder = corpus_config(sources or (), config), corpus_folder(typed_path(name))
+    plan = corpus_plan(chosen, folder, mirror)
+    say(*plan_lines(plan, folder, workers, megabytes_per_second))
     if action == "prepare":
         prepare_corpus(chosen, folder, mirror, where_units_run(workers, scheduler, slurm))
+    elif warning := shortage(plan, folder):
+        complain(f"Warning: {warning}")
 
 # %% ../../nbs/study/12_cli.ipynb #c0d0e005
 def prepare_corpus(config: "CorpusConfig", folder: Path, mirror: str | None,
@@ -241,10 +244,11 @@ def prepare_corpus(config: "CorpusConfig", folder: Path, mirror: str | None,
     "Prepare a corpus where `place` maps, showing how far it is; say what it holds and how it is named in a config."
     from rich.progress import Progress
     from echochamber.data import preparation
+    from echochamber.study import real_data
     with Progress(console=console, transient=True) as bars, place as mapping:
         task = bars.add_task("units", total=None)
-        preparation.prepare(config, folder, mirror, mapping,
-                            lambda done, units, line: bars.update(task, completed=done, total=units))
+        real_data.prepare_corpus(config, folder, mirror, mapping,
+                                 lambda done, units, line: bars.update(task, completed=done, total=units))
     say(*preparation.corpus_lines(preparation.read_manifest(folder)), str(folder),
         f'to pretrain on it: "mixture": {{"corpus": "{folder}", '
         f'"corpus_hash": "{preparation.corpus_fingerprint(folder)}"}}')
