@@ -12,11 +12,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    "`limited`: how many of the next requests for files are answered by 429; `gated`: repositories that need a login."
+    "`limited`: how many of the next requests for files are answered by 429; `gated`, `absent`: repositories that need a login or are gone."
 
     def __init__(self, mirror: Path):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.mirror, self.limited, self.gated, self.asked = Path(mirror), 0, set(), Counter()
+        self.mirror, self.limited, self.gated, self.absent, self.asked = Path(mirror), 0, set(), set(), Counter()
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -42,7 +42,7 @@ class Answer(BaseHTTPRequestHandler):
         repository = (api or file or [None, ""])[1]
         if repository in self.server.gated:
             return self.reply(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access to dataset is restricted")
-        if not repository or not (self.server.mirror / repository).is_dir():
+        if not repository or repository in self.server.absent or not (self.server.mirror / repository).is_dir():
             return self.reply(404, b"{}", X_Error_Code="RepoNotFound")
         if file:
             self.file(self.server.mirror / repository / file[3])

@@ -99,6 +99,18 @@ def write_mirror(root: Path, rows: int = 120, seed: int = 0, names: tuple[str, .
     return root
 
 
+def write_gsm8k(root: Path, count: int = 4) -> Path:
+    "The repository of GSM8K below a mirror: parquet, and which file is which split in its README. Its folder."
+    folder, splits = root / "openai/gsm8k", ("train", "test")
+    for split in splits:
+        rows = [{"question": f"Sam has {n} apples and buys one more; how many for the {split}?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}
+                for n in range(count)]
+        write_parquet(folder / "main", [f"{split}-00000-of-00001.parquet"], rows)
+    paths = "".join(f"  - split: {split}\n    path: main/{split}-*\n" for split in splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{paths}---\n", encoding="utf-8")
+    return folder
+
+
 def miniature_config(root: Path, **changes) -> CorpusConfig:
     "All six sources of a mirror, in many small units."
     from echochamber.data.preparation import choose_source

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, Hub
-from miniatures import WRITERS, miniature_config, write_mirror
+from miniatures import WRITERS, miniature_config, write_gsm8k, write_mirror
 
 from echochamber.core import project_root
 from echochamber.data.preparation import prepare, read_manifest
+from echochamber.study.real_data import prepare_corpus
 
 COMMAND = Path(sys.executable).with_name("echochamber")
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory) -> Path:
-    return write_mirror(tmp_path_factory.mktemp("mirror"))
+    write_gsm8k(mirror := write_mirror(tmp_path_factory.mktemp("mirror")))
+    return mirror
 
 
 @pytest.fixture
@@ -27,9 +29,9 @@ def hub(mirror):
     server.shutdown()
 
 
-def data(hub: Hub, folder: Path, action: str = "prepare", *arguments) -> subprocess.CompletedProcess:
+def data(hub: Hub, folder: Path, action: str = "prepare", *arguments, **changes) -> subprocess.CompletedProcess:
     "The command, with the server for a Hub and no mirror."
-    config = miniature_config(hub.mirror).model_dump(mode="json") | {"sources": list(WRITERS)}
+    config = miniature_config(hub.mirror, **changes).model_dump(mode="json") | {"sources": list(WRITERS)}
     (folder / "corpus.json").write_text(json.dumps(config), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in ("ECHOCHAMBER_HUB", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
@@ -51,6 +53,30 @@ def test_from_the_hub_comes_what_comes_from_a_mirror(hub, mirror, tmp_path):
 def test_a_plan_fetches_nothing(hub, tmp_path):
     done = data(hub, tmp_path, "plan")
     assert done.returncode == 0 and f"at {COMMIT[:12]}" in done.stdout and not hub.asked and not (tmp_path / "corpus").exists()
+
+
+def test_the_questions_of_a_benchmark_come_from_the_hub_like_everything_else(hub, mirror, tmp_path):
+    asked = {"benchmarks": ["gsm8k"]}
+    hub.limited = 12
+    done = data(hub, tmp_path, sources=["metamath"], **asked)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    local = prepare_corpus(miniature_config(mirror, **asked), tmp_path / "local", str(mirror))
+    assert (tmp_path / "corpus/benchmarks.json").read_bytes() == (local / "benchmarks.json").read_bytes()
+    assert len(json.loads((local / "benchmarks.json").read_text())["gsm8k"]) == 4
+    assert hub.limited == 0 and "asks to wait 0 s; waiting" in done.stderr
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda hub: hub.gated.add("openai/gsm8k"), "datasets/openai/gsm8k: is gated; accept its conditions at https://huggingface.co/datasets/openai/gsm8k"),
+    (lambda hub: hub.absent.add("openai/gsm8k"), "datasets/openai/gsm8k: is not to be found on the Hub"),
+], ids=["gated", "absent"])
+@pytest.mark.parametrize("action", ["plan", "prepare"])
+def test_a_benchmark_that_is_refused_is_one_sentence_and_leaves_nothing(hub, change, sentence, action, tmp_path):
+    change(hub)
+    done = data(hub, tmp_path, action, benchmarks=["gsm8k"])
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and sentence in " ".join(done.stderr.split()), done.stderr
+    assert "ECHOCHAMBER_GSM8K" in done.stderr or "gated" in sentence
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "hf") == ["corpus.json"] and not hub.asked
 
 
 @pytest.mark.parametrize(("change", "sentence"), [

@@ -44,6 +44,7 @@ def raises(error: Exception):
 def snapshot(tmp_path):
     "A model as the Hub's cache keeps it, in folders named by its name and revision."
     tokenizer = train_tokenizer(["Sam has 3 apples."], 300)
+    tokenizer.add_special_tokens(["<s>"])
     save_model(tmp_path / "ours", Decoder(DecoderConfig(width=16, layers=1, heads=2, vocab_size=300)), tokenizer)
     folder = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
     export_to_transformers(tmp_path / "ours", folder)

@@ -11,8 +11,9 @@ import pytest
 
 from echochamber.core import project_root
 from echochamber.data.problems import ProblemConfig
+from echochamber.data.tokens import save_tokenizer, train_tokenizer
 from echochamber.grading.latex import LatexProcess
-from echochamber.study import cli
+from echochamber.study import checkpoint_evaluation, cli
 from echochamber.study.cli import main
 from echochamber.study.figures import FIGURES, figure_runs, table_file
 
@@ -159,11 +160,25 @@ def test_grade_makes_the_folder_of_its_table(tmp_path, echochamber):
     assert status == 0 and len(pd.read_parquet(out)) == 1 and str(out) in printed
 
 
+TOKENIZER = train_tokenizer(["Sam has 3 apples."], 300)
+ENTRIES = TOKENIZER.get_vocab_size()
+
+
 def make_checkpoint(folder: Path, *left_out: str) -> Path:
+    "A checkpoint without weights in its file of weights."
     folder.mkdir(parents=True)
-    for name in {"model.safetensors", "config.json", "tokenizer.json"} - {*left_out}:
-        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": ENTRIES, "width": 16, "layers": 1, "heads": 2}))
+    save_tokenizer(folder, TOKENIZER)
+    for name in left_out:
+        (folder / name).unlink()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def a_benchmark(tmp_path_factory, monkeypatch):
+    "GSM8K from a file that the environment names: no test asks the Hub."
+    monkeypatch.setenv("ECHOCHAMBER_GSM8K", str(write_lines(tmp_path_factory.mktemp("benchmark") / "gsm8k.jsonl", GOOD)))
 
 
 @pytest.fixture
@@ -249,6 +264,36 @@ def test_a_file_that_the_environment_names_is_part_of_the_runs_name(tmp_path, ec
 def test_any_folder_name_can_be_evaluated(folder, tmp_path, echochamber, executed):
     status, _, complaint = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / folder), "--benchmark", "gsm8k")
     assert (status, complaint) == (0, "") and executed[0].config.model == str(tmp_path / folder)
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), [
+    (lambda folder: (folder / "tokenizer.json").write_text('{"version": '), "tokenizer.json: is not a tokenizer"),
+    (lambda folder: save_tokenizer(folder, train_tokenizer(["Sam has 3 apples and buys some more."], ENTRIES + 9)), "is the tokenizer of another model"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "olmo", "hidden_size": "wide", "intermediate_size": 1}'), "cannot be read as a model's config"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text("{}"), None),
+], ids=["damaged", "another model's", "no config", "whole"])
+def test_a_wrong_tokenizer_is_found_before_a_kernel_starts(spoil, sentence, tmp_path, echochamber, executed, outputs):
+    spoil(folder := make_checkpoint(tmp_path / "model"))
+    status, _, complaint = echochamber("evaluate", "--checkpoint", folder, "--benchmark", "gsm8k")
+    if sentence:
+        assert status == 1 and sentence in complaint and not executed and not outputs.exists()
+    else:
+        assert status == 0 and executed
+
+
+def test_a_beginning_that_the_tokenizer_lacks_is_refused_first(tmp_path, echochamber, executed):
+    status, _, complaint = echochamber("evaluate", "--checkpoint", make_checkpoint(tmp_path / "model"), "--benchmark", "gsm8k", "--bos")
+    assert status == 1 and "has no `<s>`" in complaint and not executed
+
+
+def test_a_slip_in_a_path_is_no_name_on_the_hub(tmp_path, echochamber, executed, outputs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint_evaluation, "fetch_model", lambda *asked: pytest.fail("the Hub was asked"))
+    outputs.mkdir()
+    for command in ("evaluate --benchmark gsm8k", "export --out exported"):
+        status, _, complaint = echochamber(*command.split(), "--checkpoint", "outputs/nope")
+        assert status == 1 and complaint == ("Error: outputs/nope: there is no such folder in outputs; check the path, or write outputs/nope@main "
+                                             "if you mean a model on the Hub")
 
 
 @pytest.mark.parametrize("left_out", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -356,8 +401,8 @@ def test_an_unfinished_run_has_no_result_yet(tmp_path, echochamber, executed):
 
 def test_another_tokenizer_is_another_evaluation(tmp_path, echochamber, executed):
     checkpoint = make_checkpoint(tmp_path / "mine")
-    for content in ("{}", "[]"):
-        (checkpoint / "tokenizer.json").write_text(content)
+    for text in ("Sam has 3 apples.", "Ann"):
+        save_tokenizer(checkpoint, train_tokenizer([text], 300))
         assert echochamber("evaluate", "--checkpoint", checkpoint, "--benchmark", "gsm8k")[0] == 0
     assert executed[0].reference != executed[1].reference
 

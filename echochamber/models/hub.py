@@ -17,7 +17,6 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ..core import StudyError
 from ..data.files import patiently, told_to_wait
-from ..data.tokens import TOKENIZER_FILE
 
 # %% ../../nbs/models/06_hub.ipynb #e0c00007
 REFUSALS = (OSError, HFValidationError, *HfHubHTTPError.__bases__)  # the last is the base of the client's own errors
@@ -96,7 +95,7 @@ def fetch_model(name: str, pickles: bool = False, client=None) -> Path:
             folder = fetched(PLAIN + PICKLES)
     except REFUSALS as error:
         raise hub_refusal(name, error) from None
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise StudyError(f"{name}: comes without {TOKENIZER_FILE}; put it into a folder of your own together with the "
+    if not (folder / "tokenizer.json").is_file():
+        raise StudyError(f"{name}: comes without tokenizer.json; put it into a folder of your own together with the "
                          "tokenizer that it was trained with (the paper's is that of NousResearch/Llama-2-7b-hf)")
     return folder
