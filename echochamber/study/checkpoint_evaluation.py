@@ -126,7 +126,7 @@ def plan_evaluation(checkpoint: Path, benchmark: str, data: Path | None = None, 
         where="evaluate")
     return Run("evaluate", evaluation_name(checkpoint, benchmark), config)
 
-
+# %% ../../nbs/study/09_checkpoint_evaluation.ipynb #d9000043
 def question_line(evaluation: Run) -> str:
     "What the generator is asked for, in a line; empty where the questions come from a file."
     config = evaluation.config
