@@ -74,7 +74,7 @@ def test_figures_go_by_their_names_and_in_their_order(soup):
     assert all(links[name] == short_name(name) for name in verdicts())
     assert {link.get_text() for link in soup.find(id="negative").find_all("a")} <= set(map(short_name, FIGURES))
     assert [path.stem for path in notebooks_in("figures")] == [name for name in FIGURES if name in {path.stem for path in notebooks_in("figures")}]
-    assert [path.stem for path in notebooks_in("experiments")] == ["pretrain", "finetune", "evaluate"]
+    assert [path.stem for path in notebooks_in("experiments")] == ["pretrain", "finetune", "evaluate", "evaluate_vllm"]
 
 
 def test_headings_and_landmarks_are_in_order(soup):

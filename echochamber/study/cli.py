@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'FigureNames', 'SourceNames', 'MirrorOption', 'NetworkOption',
            'CheckpointOption', 'BenchmarkOption', 'DataOption', 'SamplesOption', 'LimitOption', 'BosOption',
-           'TokensOption', 'SampledOption', 'CompletionsArgument', 'OutOption', 'say', 'complain',
-           'sentence_and_status', 'status_of', 'main', 'typed_path', 'path_option', 'study', 'reproduce',
-           'show_figures', 'figures', 'report', 'compute', 'run', 'where_units_run', 'require_action', 'data',
-           'prepare_corpus', 'evaluate', 'grade', 'checkpoints', 'export']
+           'TokensOption', 'SampledOption', 'EngineOption', 'PrecisionOption', 'CompletionsArgument', 'OutOption',
+           'say', 'complain', 'sentence_and_status', 'status_of', 'main', 'typed_path', 'path_option', 'study',
+           'reproduce', 'show_figures', 'figures', 'report', 'compute', 'run', 'where_units_run', 'require_action',
+           'data', 'prepare_corpus', 'evaluate', 'grade', 'checkpoints', 'export']
 
 # %% ../../nbs/study/12_cli.ipynb #9a76386e
 import contextlib
@@ -262,6 +262,8 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="only so many quest
 BosOption = Annotated[bool, typer.Option("--bos", help="begin prompts with <s>, as the published evaluations did")]
 TokensOption = Annotated[int, typer.Option(min=1, help="longest completion [tokens]")]
 SampledOption = Annotated[float, typer.Option(help="of the sampled completions")]
+EngineOption = Annotated[str, typer.Option(help="own, or vllm: in the environment that ECHOCHAMBER_VLLM_PYTHON names")]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32 (as our own engine) or bf16; of vLLM only")]
 CompletionsArgument = Annotated[Path, path_option("FILE", "JSON lines: question, answer, completion", typer.Argument)]
 OutOption = Annotated[Path | None, path_option("FILE", "write one row per completion to this .parquet file")]
 
@@ -270,16 +272,16 @@ OutOption = Annotated[Path | None, path_option("FILE", "write one row per comple
 def evaluate(checkpoint: CheckpointOption, benchmark: BenchmarkOption, data: DataOption = None,
              samples: SamplesOption = 0, temperature: SampledOption = 0.7, top_p: SampledOption = 0.95,
              max_new_tokens: TokensOption = 256, limit: LimitOption = None, bos: BosOption = False,
-             out: OutOption = None) -> None:
+             engine: EngineOption = "own", precision: PrecisionOption = None, out: OutOption = None) -> None:
     """Run a checkpoint over a benchmark, keep every completion, print the table.
 
     Example: echochamber evaluate --checkpoint outputs/runs/finetune/NAME --benchmark mini-gsm --samples 8"""
     from echochamber.grading.completions import evaluation_lines, table_place
     from echochamber.study import checkpoint_evaluation as planning
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    out = out and table_place(out)
-    chosen = planning.plan_evaluation(planning.find_checkpoint(checkpoint), benchmark, data, questions=limit,
-                                      samples=samples, sampling=sampling, bos=bos)
+    out, of_vllm = out and table_place(out), {"precision": precision} if precision else {}
+    chosen = planning.plan_evaluation(planning.find_checkpoint(checkpoint), benchmark, data, engine, questions=limit,
+                                      samples=samples, sampling=sampling, bos=bos, **of_vllm)
     say(*filter(None, [planning.question_line(chosen)]))
     compute(chosen)
     evaluation, undecided = planning.read_evaluation(chosen)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mixture', 'Algorithm', 'STAGES', 'kind_of_mixture', 'PretrainConfig', 'steps_of', 'completions_sampled',
-           'processes_of', 'with_hashes', 'PromptsConfig', 'real_prompts', 'FinetuneConfig', 'EvaluateConfig']
+           'processes_of', 'with_hashes', 'PromptsConfig', 'real_prompts', 'FinetuneConfig', 'EvaluateConfig',
+           'EvaluateVllmConfig']
 
 # %% ../../nbs/study/03_stages.ipynb #f5f1d5db
 from pathlib import Path
@@ -182,6 +183,18 @@ class EvaluateConfig(StrictConfig):
 
     fill_in = model_validator(mode="before")(with_hashes)
 
+# %% ../../nbs/study/03_stages.ipynb #e1c10002
+class EvaluateVllmConfig(EvaluateConfig):
+    "The same measurement of one checkpoint, sampled by vLLM; `batch_rows` is how many completions it holds at a time."
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of vLLM's weights and products")
+
+    @model_validator(mode="after")
+    def one_checkpoint(self):
+        if self.steps:
+            raise ValueError("vLLM measures one checkpoint; let `model` be its folder, and leave `steps` out")
+        return self
+
 # %% ../../nbs/study/03_stages.ipynb #adab3ae3
 STAGES: dict[str, type[StrictConfig]] = {
-    "pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
+    "pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig,
+    "evaluate_vllm": EvaluateVllmConfig}
