@@ -4,7 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CollectionItem
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from echochamber.core import StudyError
 from echochamber.data.files import patiently

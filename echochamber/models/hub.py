@@ -45,7 +45,9 @@ def asked_patiently(request: Callable[[], object]):
         try:
             return request()
         except REFUSALS as error:
-            raise error.__cause__ if told_to_wait(error.__cause__) is not None else error
+            if told_to_wait(error.__cause__) is None:
+                raise
+            raise error.__cause__ from None
     return patiently(once)
 
 # %% ../../nbs/models/06_hub.ipynb #e0c00011
