@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'TRAINED_BY', 'START_UP', 'known_mixtures', 'Condition', 
            'named_changes', 'condition_name', 'condition_labels', 'changed_value', 'changed_preset',
            'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'policy_gradient', 'algorithm_of',
            'start_step', 'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run',
-           'runs_of', 'work_of', 'expected_seconds']
+           'runs_of', 'token_shares', 'work_of', 'expected_seconds']
 
 # %% ../../nbs/study/05_conditions.ipynb #f3f17d66
 import re
@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
@@ -24,7 +25,7 @@ from ..data.corpora import MixtureConfig, SourceConfig, count_tokens, question_s
 from ..data.formats import join_document
 from ..data.problems import ProblemConfig
 from ..data.preparation import corpus_fingerprint, corpus_folder
-from ..data.token_files import PreparedMixtureConfig
+from ..data.token_files import PreparedMixtureConfig, open_mixture
 from ..models.generation import SamplingConfig
 from .presets import GENERATED_MIXTURES, PRESETS, PassesPreset, Preset, find_preset
 from .runs import Run
@@ -311,6 +312,14 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     evaluated = [evaluation_run(scale, condition, tuned, benchmark, seed) 
                  for benchmark in condition.benchmarks or scale.evaluation.benchmarks]
     return [start, *(parent for parent in tuned.parents if parent != start), tuned, *evaluated]
+
+# %% ../../nbs/study/05_conditions.ipynb #c0de9f02
+def token_shares(config: PretrainConfig) -> dict[str, float]:
+    "Share of the tokens that each source has of what a pretraining reads. Raises `StudyError` without its corpus."
+    if isinstance(config.mixture, MixtureConfig):
+        return config.mixture.shares
+    rows, _ = open_mixture(config.mixture, config.decoder.context)
+    return {source: int(count) / len(rows) for source, count in zip(rows.names, np.diff(rows.ends, prepend=0), strict=True)}
 
 # %% ../../nbs/study/05_conditions.ipynb #4ade1060
 START_UP = 1.0  # seconds until a forked notebook computes
