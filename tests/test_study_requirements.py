@@ -154,8 +154,11 @@ def test_more_processes_than_gpus_are_refused_beforehand(monkeypatch):
 def test_memory_without_gpus_is_the_machines(monkeypatch):
     memory = type("Memory", (), {"total": 16 * GIB})
     monkeypatch.setattr(requirements.psutil, "virtual_memory", lambda: memory)
-    said, = lacks_memory(runs_of(Condition(), "paper", 0), [])
-    assert "pretrain three-formats-seed0 needs" in said and "the machine has 16.0 GiB" in said
+    start, tuned, evaluated = runs_of(Condition(), "paper", 0)
+    said, = lacks_memory([start, tuned, evaluated], [])
+    assert "pretrain three-formats-seed0 needs" in said and "the machine has 16.0 GiB; with 8 rows per pass" in said
+    assert memory_mend(tuned, 16 * GIB) == "no division of its steps would do here; compute it on GPUs"
+    assert "batch_rows" in memory_mend(evaluated, 16 * GIB)
     assert not lacks_memory(runs_of(Condition(), "laptop", 0), [])
 
 

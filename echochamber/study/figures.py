@@ -71,8 +71,8 @@ FIGURES: dict[str, Figure] = by_name(
     Figure(name="precision", claim="P", title="the numbers do not depend on the precision of pretraining",
            conditions=(Condition(), Condition(precision="bf16-mixed")),
            elsewhere={"gpu": (Condition(precision="32-true"), Condition()),
-                      "paper": "all its models are pretrained in bfloat16, as the paper's are, and another pretraining "
-                               "in single precision would take longer than the rest of the study"}))
+                      "paper": "all its models are pretrained in bfloat16, as the paper's are; what single precision "
+                               "would change is asked where a pretraining is cheap"}))
 
 # %% ../../nbs/study/06_figures.ipynb #c0de9e02
 def figures_at(preset: str) -> list[str]:
@@ -198,7 +198,8 @@ FIGURES |= by_name(
            conditions=(tuned("ppo"), tuned("ppo", ("grader", "released"), checkpoints="ends"),
                        *(tuned("expert_iteration", *changes)
                          for changes in ((), (ENDING,), (LONGER,), (ENDING, LONGER)))),
-           elsewhere={"paper": as_released(("expert_iteration.ending", ""), ("expert_iteration.max_new_tokens", 1024))}))
+           elsewhere={"paper": as_released(("expert_iteration.ending", ""),
+                                           ("expert_iteration.max_new_tokens", 1024))}))
 
 # %% ../../nbs/study/06_figures.ipynb #45ed4602
 def as_trained(condition: Condition) -> Condition:

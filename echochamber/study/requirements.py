@@ -109,11 +109,11 @@ def memory_plan(run: Run, gpu: int = 0, division: Division | None = None) -> dic
     return {}
 
 # %% ../../nbs/study/16_requirements.ipynb #c0de9c14
-def divisions(run: Run) -> Iterator[Division]:
-    "Other divisions of the steps of a training, those that cost least first."
+def divisions(run: Run, gpu: int = 0) -> Iterator[Division]:
+    "Other divisions of the steps of a training, those that cost least first; over more processes only on GPUs."
     own = division_of(run.config)
     recomputes = isinstance(run.config, PretrainConfig) or isinstance(run.config.algorithm, OnPolicyConfig)
-    for processes in (own.processes * 2**power for power in range(4)):
+    for processes in (own.processes * 2**power for power in range(4 if gpu else 1)):
         for recompute in (own.recompute, True) if recomputes else (own.recompute,):
             rows = min(own.rows, own.batch // processes)
             while rows:
@@ -125,10 +125,11 @@ def memory_mend(run: Run, room: int, gpu: int = 0) -> str:
     "What would make a run fit into `room` bytes, tried on its plan."
     if isinstance(run.config, EvaluateConfig):
         return "generate fewer completions at a time (`batch_rows`)"
-    own = division_of(run.config)
-    fits = (one for one in divisions(run) if sum(memory_plan(run, gpu, one).values()) <= room)
+    own, here = division_of(run.config), 1 if gpu else division_of(run.config).processes
+    fits = (one for one in divisions(run, gpu) if here * sum(memory_plan(run, gpu, one).values()) <= room)
     if (found := next(fits, None)) is None:
-        return "no division of its steps over up to eight times as many GPUs would do; take a smaller model"
+        return ("no division of its steps over up to eight times as many GPUs would do; take a smaller model" if gpu else
+                "no division of its steps would do here; compute it on GPUs")
     words = [f"{found.rows} rows per pass instead of {own.rows}"] * (found.rows != own.rows)
     words += ["activations that are recomputed"] * (found.recompute != own.recompute)
     words += [f"{found.processes} processes, a GPU for each,"] * (found.processes != own.processes)
@@ -147,7 +148,7 @@ def gpu_memory(gpus: Sequence[str]) -> int:
     sizes = [int(line) for line in told.stdout.split() if line.isdigit()] if told.returncode == 0 else []
     return max(0, min(sizes) * 2**20 - RESERVED) if sizes else 0
 
-
+# %% ../../nbs/study/16_requirements.ipynb #c0de9c41
 def lacks_memory(runs: Sequence[Run], gpus: Sequence[str]) -> list[str]:
     "A sentence if a run needs more memory, or more GPUs, than this machine has; the first, and how many more there are."
     gpu, sentences = gpu_memory(gpus), []
