@@ -128,8 +128,8 @@ def memory_mend(run: Run, room: int, gpu: int = 0) -> str:
     own, here = division_of(run.config), 1 if gpu else division_of(run.config).processes
     fits = (one for one in divisions(run, gpu) if here * sum(memory_plan(run, gpu, one).values()) <= room)
     if (found := next(fits, None)) is None:
-        return ("no division of its steps over up to eight times as many GPUs would do; take a smaller model" if gpu else
-                "no division of its steps would do here; compute it on GPUs")
+        return ("no division of its steps over up to eight times as many GPUs would do; take a smaller model"
+                if gpu else "no division of its steps would do here; compute it on GPUs")
     words = [f"{found.rows} rows per pass instead of {own.rows}"] * (found.rows != own.rows)
     words += ["activations that are recomputed"] * (found.recompute != own.recompute)
     words += [f"{found.processes} processes, a GPU for each,"] * (found.processes != own.processes)
