@@ -150,7 +150,7 @@ def gpu_memory(gpus: Sequence[str]) -> int:
 
 # %% ../../nbs/study/16_requirements.ipynb #c0de9c41
 def lacks_memory(runs: Sequence[Run], gpus: Sequence[str]) -> list[str]:
-    "A sentence if a run needs more memory, or more GPUs, than this machine has; the first, and how many more there are."
+    "A sentence if a run needs more memory, or more GPUs, than this machine has; how many more do, too."
     gpu, sentences = gpu_memory(gpus), []
     if gpus and not gpu:  # whose memory nobody tells
         return []
