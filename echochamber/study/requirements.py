@@ -183,8 +183,8 @@ def lacks_disk(runs: Sequence[Run]) -> list[str]:
     folder = next(each for each in (outputs_folder().absolute(), *outputs_folder().absolute().parents) if each.exists())
     if needed <= (free := shutil.disk_usage(folder).free):
         return []
-    return [f"{outputs_folder()}: the models of these runs take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "make room there, or name another folder in the environment variable ECHOCHAMBER_OUTPUTS"]
+    return [f"{outputs_folder()}: the models of these runs take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+            "free; make room there, or name another folder in the environment variable ECHOCHAMBER_OUTPUTS"]
 
 # %% ../../nbs/study/16_requirements.ipynb #c0de9c23
 def sources_of(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list[str]:
@@ -196,7 +196,7 @@ def sources_of(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list[s
 
 
 def lacks_corpus(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list[str]:
-    "A sentence if a corpus that these mixtures name is not prepared, or lacks a source; with the command that mends it."
+    "A sentence if a corpus that these mixtures name is not prepared, or lacks a source; with the command for it."
     folder, sources = corpus_folder(corpus), " ".join(sources_of(corpus, mixtures))
     command = f"echochamber data prepare {sources} --name {corpus}"
     if not (folder / "manifest.jsonl").exists():
@@ -205,7 +205,8 @@ def lacks_corpus(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list
                     "what it costs"]
         begun = " ".join(one["source"]["name"] + (f"={one['tokens']}" if one.get("tokens") else "")
                          for one in read_json(plan)["config"]["sources"])
-        return [f"{folder}: is not completely prepared; `echochamber data prepare {begun} --name {corpus}` continues it"]
+        command = f"echochamber data prepare {begun} --name {corpus}"
+        return [f"{folder}: is not completely prepared; `{command}` continues it"]
     there = set(read_manifest(folder).source)
     wanted = (source.name for mixture in mixtures for source in mixture.sources)
     if missing := [name for name in dict.fromkeys(wanted) if name not in there]:
