@@ -194,7 +194,7 @@ def sources_of(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list[s
     told = [sources for each in ours for sources in each] + [mixture.sources for mixture in mixtures]
     return list(dict.fromkeys(source.name for sources in told for source in sources))
 
-
+# %% ../../nbs/study/16_requirements.ipynb #c0de9c51
 def lacks_corpus(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list[str]:
     "A sentence if a corpus that these mixtures name is not prepared, or lacks a source; with the command for it."
     folder, sources = corpus_folder(corpus), " ".join(sources_of(corpus, mixtures))
@@ -214,7 +214,7 @@ def lacks_corpus(corpus: str, mixtures: Sequence[PreparedMixtureConfig]) -> list
                 f"added; move it away and run `{command}`"]
     return []
 
-
+# %% ../../nbs/study/16_requirements.ipynb #c0de9c52
 def lacks_corpora(runs: Sequence[Run]) -> list[str]:
     "A sentence for each corpus that pretraining would look for in vain."
     mixtures = [run.config.mixture for run in runs if isinstance(run.config, PretrainConfig)]
