@@ -127,12 +127,13 @@ def reproduce(
 
     The same command continues after an interruption. Example: echochamber reproduce convergence --preset smoke"""
     from echochamber.study import reproduction
-    chosen = reproduction.choose_figures(figures)
+    chosen = reproduction.choose_figures(figures, preset)
     runs = reproduction.runs_of_figures(chosen, preset, seeds)
     say(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {reproduction.cost_line(runs, preset)}",
         *(reproduction.seeds_given_up(chosen, preset, seeds) if ship else []))
     if dry_run:
-        say(*reproduction.run_lines(runs, preset))
+        say(*reproduction.run_lines(runs, preset), *reproduction.lines_of_needs(runs),
+            *(reproduction.figures_left_out(preset) if "all" in (figures or ()) else []))
     else:
         action = reproduction.ship if ship else reproduction.reproduce
         lines = action(chosen, preset, seeds, workers=workers, scheduler=scheduler, slurm=slurm, redo=redo,

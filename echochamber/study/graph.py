@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['plan', 'set_aside', 'check', 'log_time', 'Job', 'missing_jobs', 'share_cores', 'visible_gpus', 'default_workers',
            'gpus_of', 'place', 'dask_client', 'slurm_cluster', 'submit_jobs', 'clock', 'share_done', 'how_far',
-           'Display', 'refresh', 'line_of', 'failure_sentence', 'raise_failures', 'submit', 'run_jobs', 'execute']
+           'Display', 'refresh', 'line_of', 'failure_sentence', 'raise_failures', 'submit', 'run_jobs', 'require_means',
+           'execute']
 
 # %% ../../nbs/study/08_graph.ipynb #840b82b0
 import contextlib
@@ -326,13 +327,21 @@ def run_jobs(jobs: Sequence[Job], client, gpus: Sequence[str] = (), threads: dic
     finally:
         client.cancel([job.future for job in jobs if job.future is not None], force=True)
 
+# %% ../../nbs/study/08_graph.ipynb #c0de9d02
+def require_means(runs: Sequence[Run], gpus: Sequence[str], local: bool) -> None:
+    "Raises `StudyError` if runs of the study's stages need memory, disk or corpora that they would not find."
+    if stages := [run for run in runs if run.stage in ("pretrain", "finetune", "evaluate")]:
+        from echochamber.study.requirements import require_requirements
+        require_requirements(stages, gpus, local)
+
 # %% ../../nbs/study/08_graph.ipynb #8717c724
 def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 60.0, workers: int | None = None,
             scheduler: str | None = None, slurm: Path | None = None, redo: bool = False,
             console: Console | None = None) -> int:
     """Compute what is missing of these runs and of what they build on; the number of jobs it took.
 
-    Raises `StudyError` if a finished run is damaged, or at the end all failures as one."""
+    Raises `StudyError` if a finished run is damaged, if the runs need what they would not find, or at the end all
+    failures as one."""
     said = check(runs := plan(runs), redo)
     jobs = missing_jobs(runs, expected)
     if not jobs:
@@ -343,6 +352,7 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     for sentence in said:
         display.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     threads, gpus = (share_cores(runs, workers, cores()), visible_gpus()) if local else ({}, [])
+    require_means([job.run for job in jobs], gpus, local)
     forks = local and not gpus and len(jobs) > 1 and sys.platform == "linux"
     born = kernel_environment(threads=1) | {"PYTHONPATH": module_path()}
     server = fork_server(born, {job.run.notebook for job in jobs}) if forks else contextlib.nullcontext()
