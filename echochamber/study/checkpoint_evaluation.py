@@ -58,7 +58,9 @@ def read_config(file: Path) -> object:
 
 
 def trained_problems(run: Path | None) -> ProblemConfig | None:
-    "The problems that a run names in its config: those of its prompts, or of its first source that has any."
+    """The problems that a run names in its config: those of its prompts, or of its first source that has any.
+
+    Raises `StudyError` if its config cannot be read."""
     match read_config(run / "config.json") if run else None:
         case {"problems": found}:
             pass
@@ -101,9 +103,11 @@ def plan_evaluation(checkpoint: Path, benchmark: str, data: Path | None = None, 
         where="evaluate")
     return Run("evaluate", evaluation_name(checkpoint, benchmark), config)
 
-
+# %% ../../nbs/study/09_checkpoint_evaluation.ipynb #812c7f7c
 def question_line(evaluation: Run) -> str:
-    "What the generator is asked for, in a line; empty where the questions come from a file."
+    """What the generator is asked for, in a line; empty where the questions come from a file.
+
+    Raises `StudyError` if the config of the run that is evaluated cannot be read."""
     config = evaluation.config
     if config.benchmark not in MINI or config.data:
         return ""

@@ -206,13 +206,17 @@ def asked_problems(config: EvaluateConfig, count: int) -> list[Problem]:
 
 # %% ../../nbs/study/06_figures.ipynb #23f3621f
 def described(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
-    "An evaluation that still has its texts with its styles, and on generated problems its errors."
+    """An evaluation that still has its texts with its styles, and on generated problems its errors.
+
+    Raises `StudyError` if the problems are not those of the evaluation."""
     frame, known = with_styles(frame), config.benchmark in MINI and not config.data
     return with_errors(frame, asked_problems(config, int(frame.problem.max()) + 1)) if known else frame
 
 
 def evaluation_frame(run: Run, labels: dict) -> pd.DataFrame:
-    "One evaluation without its texts but with what they show, labelled; one row per completion."
+    """One evaluation without its texts but with what they show, labelled; one row per completion.
+
+    Raises `StudyError` if its problems are not those of its config."""
     frame, tuned = pd.read_parquet(run.folder / "evaluation.parquet"), run.parents[0].config
     if "completion" in frame:
         frame = described(frame, run.config).drop(columns=[name for name in TEXTS if name in frame])
@@ -314,7 +318,8 @@ def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
 def collect(figure: Figure, preset: str, seeds: int) -> None:
     """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
 
-    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too."""
+    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too. Raises
+    `StudyError` if the problems of an evaluation are not those of its config."""
     for condition in (one for one in figure.conditions if not rests_on_more(one, preset, seeds)):
         for part, table in condition_tables(condition, preset, range(seeds)).items():
             write_table(table_file(condition, preset, part), table)
@@ -366,7 +371,9 @@ def figure_run(figure: Figure, preset: str, seeds: Sequence[int] = ()) -> Run:
 
 # %% ../../nbs/study/06_figures.ipynb #f0df1bb3
 def open_figure(name: str, preset: str, config: dict | None) -> FigureConfig:
-    "The config that the study passes to a figure's notebook, or by hand one that reads what is shipped."
+    """The config that the study passes to a figure's notebook, or by hand one that reads what is shipped.
+
+    Raises `StudyError` if there is nothing to draw."""
     return FigureConfig.parse(config, where=name) if config else figure_run(FIGURES[name], preset).config
 
 

@@ -118,10 +118,12 @@ class ForkedKernel:
         self.pid, self.command = pid, command
 
     def begin(self, **command) -> None:
+        "Give the command that it waits for: arguments, environment, folder."
         with open(self.command, "w") as pipe:
             json.dump(command, pipe)
 
     def poll(self) -> int | None:
+        "Its exit status, or None while it lives."
         if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             self.returncode = os.waitstatus_to_exitcode(ended[1])
         return self.returncode
@@ -129,6 +131,7 @@ class ForkedKernel:
     wait = poll  # Jupyter waits for who has ended
 
     def send_signal(self, signum: int) -> None:
+        "Send a signal, unless it has ended: then its number may be another one's."
         if self.poll() is None:
             os.kill(self.pid, signum)
 

@@ -79,7 +79,9 @@ def findings(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0007
 def not_as_predicted(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
-    "Every prediction that does not hold or is undecided: `figure`, `prediction`, `measured`, `holds` (False or None)."
+    """Every prediction that does not hold or is undecided: `figure`, `prediction`, `measured`, `holds` (False or None).
+
+    Raises `StudyError` if no verdict is there, or one cannot be read."""
     rows = [{"figure": name} | one for name, verdict in verdicts(preset, ship).items()
             for one in verdict["predictions"] if one["holds"] is not True]
     return pd.DataFrame(rows, columns=["figure", "prediction", "measured", "holds"])
@@ -196,7 +198,7 @@ def cost_sentence(figure: Figure, preset: str) -> str:
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0056
 def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
-    "`study_costs` as rows for readers; none where no figure has shipped costs."
+    "`study_costs` as rows for readers; none where no figure has shipped costs. Raises `StudyError` as that does."
     rows, costs = [], study_costs(names, preset)
     for name, counts in costs.iterrows():
         runs = f"{counts.runs:.0f}" + (f" ({counts.untold:.0f} without a time)" if counts.untold else "")
@@ -207,7 +209,9 @@ def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
 
 
 def where_computed(names: Sequence[str], preset: str) -> str:
-    "On which machines the shipped runs of these figures were computed, by stage, in words; empty without any."
+    """On which machines the shipped runs of these figures were computed, by stage, in words; empty without any.
+
+    Raises `StudyError` as `read_shipped` does."""
     used = measured_runs(names, preset).groupby("stage").machine.unique()
     verbs: dict[str, list[str]] = {}
     for stage, verb in {"pretrain": "pretrained", "finetune": "fine-tuned", "evaluate": "evaluated"}.items():
@@ -224,11 +228,13 @@ class Prose(mistune.HTMLRenderer):
         self.folder, self.base = folder, base
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
+        "A link from where the notebook lies becomes one from where the report lies."
         if not re.match(r"\w+:|#", url):
             url = link_to(posixpath.normpath(posixpath.join(self.folder, url)), self.base)
         return super().link(text, url, title)
 
     def heading(self, text: str, level: int, **attributes) -> str:
+        "Two levels below the report's own."
         return super().heading(text, min(level + 2, 6), **attributes)
 
 
