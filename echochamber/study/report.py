@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'PREDICTED', 'HISTORY', 'ROOMS', 'COLOURS', 'MARKS', 'STYLE', 'TABLE', 'FIGURE', 'PAGE', 'METHODS',
            'templates', 'MOVES', 'verdicts', 'capitalised', 'short_name', 'findings', 'not_as_predicted', 'Provenance',
-           'read_shipped', 'read_provenance', 'read_costs', 'evidence', 'measured_runs', 'study_costs', 'duration',
+           'read_committed', 'read_provenance', 'read_costs', 'evidence', 'costed_runs', 'study_costs', 'duration',
            'cost_sentence', 'cost_rows', 'where_computed', 'Prose', 'link_to', 'to_html', 'argument', 'when_predicted',
            'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables', 'article', 'report',
            'page_of', 'write_pages', 'write_report']
@@ -98,7 +98,7 @@ class Provenance(StrictConfig):
     note: str = Field("", description="what else is to be said")
 
 
-def read_shipped(file: Path, read: Callable[[Path], Any], figure: Figure, preset: str) -> Any:
+def read_committed(file: Path, read: Callable[[Path], Any], figure: Figure, preset: str) -> Any:
     """What `read` makes of a shipped file behind a figure.
 
     Raises `StudyError` if it is missing, damaged or incomplete."""
@@ -132,13 +132,13 @@ def read_costs(file: Path) -> pd.DataFrame:
 def evidence(figure: Figure, preset: str) -> pd.DataFrame:
     """What the shipped tables of a figure rest on, a row per condition: seeds, code, machine, and what its runs cost.
 
-    Raises `StudyError` as `read_shipped` does."""
+    Raises `StudyError` as `read_committed` does."""
     rows = []
     for condition in figure.conditions:
         files = table_file(condition, preset).with_suffix(".json"), table_file(condition, preset, "_costs")
         if not any(file.exists() for file in files):
             continue
-        told, costs = (read_shipped(file, read, figure, preset)
+        told, costs = (read_committed(file, read, figure, preset)
                        for file, read in zip(files, (read_provenance, read_costs), strict=True))
         rows.append({
             "condition": condition.name, "seeds": len(told.seeds), "pretrainings": len(told.pretraining_seeds),
@@ -148,14 +148,14 @@ def evidence(figure: Figure, preset: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0055
-def measured_runs(names: Sequence[str], preset: str) -> pd.DataFrame:
+def costed_runs(names: Sequence[str], preset: str) -> pd.DataFrame:
     """Every run behind the shipped tables of these figures, once for each `figure` that it serves: `COSTS`, `shared`.
 
-    Raises `StudyError` as `read_shipped` does."""
+    Raises `StudyError` as `read_committed` does."""
     found = [pd.DataFrame(columns=[*COSTS, "figure"]).astype({"seconds": float, "tokens": float})]
     for name in names:
         files = [table_file(condition, preset, "_costs") for condition in FIGURES[name].conditions]
-        found += [read_shipped(file, read_costs, FIGURES[name], preset).assign(figure=name)
+        found += [read_committed(file, read_costs, FIGURES[name], preset).assign(figure=name)
                   for file in files if file.exists()]
     runs = pd.concat(found[1:] or found, ignore_index=True).drop_duplicates(["figure", "reference"])
     return runs.assign(shared=runs.duplicated("reference", keep=False))
@@ -165,8 +165,8 @@ def study_costs(names: Sequence[str], preset: str) -> pd.DataFrame:
     """A row per figure, last `all` with each run once: its `runs`, how many are `shared` with another figure, how many
     have no time (`untold`), and the hours of the others by machine.
 
-    Raises `StudyError` as `read_shipped` does."""
-    runs = measured_runs(names, preset)
+    Raises `StudyError` as `read_committed` does."""
+    runs = costed_runs(names, preset)
     runs = pd.concat([runs, runs.drop_duplicates("reference").assign(figure="all")], ignore_index=True)
     counts = runs.assign(untold=runs.seconds.isna()).groupby("figure", sort=False).agg(
         runs=("reference", "size"), shared=("shared", "sum"), untold=("untold", "sum"))
@@ -183,8 +183,8 @@ def duration(seconds: float) -> str:
 def cost_sentence(figure: Figure, preset: str) -> str:
     """What a figure cost as it is shipped, each run counted once, and what a seed of the reader's own will take.
 
-    Raises `StudyError` as `read_shipped` does."""
-    runs, said = measured_runs([figure.name], preset), []
+    Raises `StudyError` as `read_committed` does."""
+    runs, said = costed_runs([figure.name], preset), []
     if len(runs):
         untold = f" ({counted(missing, 'run')} untold)" if (missing := int(runs.seconds.isna().sum())) else ""
         times = [f"{duration(seconds)} on {machine}"
@@ -211,8 +211,8 @@ def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
 def where_computed(names: Sequence[str], preset: str) -> str:
     """On which machines the shipped runs of these figures were computed, by stage, in words; empty without any.
 
-    Raises `StudyError` as `read_shipped` does."""
-    used = measured_runs(names, preset).groupby("stage").machine.unique()
+    Raises `StudyError` as `read_committed` does."""
+    used = costed_runs(names, preset).groupby("stage").machine.unique()
     verbs: dict[str, list[str]] = {}
     for stage, verb in {"pretrain": "pretrained", "finetune": "fine-tuned", "evaluate": "evaluated"}.items():
         if stage in used:
@@ -564,7 +564,7 @@ templates.filters["capitalise"] = capitalised
 
 
 def article(name: str, preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
-    "HTML of one figure. Raises `StudyError` as `verdicts`, `picture` and `read_shipped` do."
+    "HTML of one figure. Raises `StudyError` as `verdicts`, `picture` and `read_committed` do."
     verdict, figure = verdicts(preset, ship)[name], FIGURES[name]
     row = findings(preset, ship).set_index("figure").loc[name]
     predictions = [{"prediction": one["prediction"], "measured": one["measured"], "holds": mark(ANSWERS[one["holds"]])}
