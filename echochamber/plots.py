@@ -42,6 +42,13 @@ METRIC_STYLE = {
     "pass_few": {"color": "#f768a1", "marker": ">", "linestyle": "-.", "label": "pass@{k}"},
     "pass_many": {"color": "#c8bd3a", "marker": "<", "linestyle": ":", "label": "pass@{k}"},
 }
+
+
+def at_k(style: dict, k: int) -> dict:
+    "A style of `METRIC_STYLE` with the number of samples `k` in its label."
+    return style | {"label": style["label"].format(k=k)}
+
+# %% ../nbs/plots.ipynb #665935b9
 ALGORITHM_STYLE = {
     "grpo": {"color": "#7a1f1f", "marker": "*", "linestyle": "-", "label": "GRPO"},
     "ppo": {"color": "#0e7c86", "marker": "p", "linestyle": "--", "label": "PPO"},
@@ -62,11 +69,6 @@ MARK_STYLE = {
     "short": {"color": "#4aa99f", "marker": "$s$", "linestyle": "-.", "label": "short names", "markersize": 6},
     "comments": {"color": "#762a83", "marker": "$c$", "linestyle": ":", "label": "comments", "markersize": 6},
 }
-
-# %% ../nbs/plots.ipynb #665935b9
-def at_k(style: dict, k: int) -> dict:
-    "A style of `METRIC_STYLE` with the number of samples `k` in its label."
-    return style | {"label": style["label"].format(k=k)}
 
 # %% ../nbs/plots.ipynb #c20ae708
 def house_style() -> None:

@@ -16,7 +16,7 @@ from echochamber.study.conditions import Condition
 from echochamber.study.figures import (
     FIGURES,
     Figure,
-    read_json,
+    read_if_there,
     redraw,
     table_file,
     verdict_file,
@@ -64,7 +64,7 @@ def printed(notebook: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_verdict_is_the_committed_one(redrawn, name):
-    assert read_json(redrawn / f"results/laptop/{name}.json") == read_json(SHIPPED / f"{name}.json")
+    assert read_if_there(redrawn / f"results/laptop/{name}.json") == read_if_there(SHIPPED / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -92,7 +92,7 @@ def test_the_notebook_says_what_is_committed(redrawn, name):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_front_page_says_what_is_committed(redrawn, name):
     "Of every prediction what was measured and whether it holds, of every claim its status and what was found."
-    readme, verdict = (ROOT / "README.md").read_text(), read_json(redrawn / f"results/laptop/{name}.json")
+    readme, verdict = (ROOT / "README.md").read_text(), read_if_there(redrawn / f"results/laptop/{name}.json")
     answers = {True: "yes", False: "**no**", None: "undecided"}
     rows = [line for line in readme.splitlines() if line.startswith(f"| {verdict['claim']} | ")]
     expected = [" | ".join(["", verdict["claim"], one["prediction"], one["measured"], answers[one["holds"]], ""]).strip()
@@ -159,6 +159,6 @@ def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
     pretend_runs(toy.conditions[0], 0, table[table.seed == 1])
     drawn = [reproduce([toy], "laptop")["toy"] for _ in range(2)]
     assert drawn[0].startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo): accuracy")
-    assert read_json(verdict_file("toy", "laptop"))["seeds"] == table.seed.nunique(), "the shipped seeds stay the results"
-    attempts = [read_json(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
+    assert read_if_there(verdict_file("toy", "laptop"))["seeds"] == table.seed.nunique(), "the shipped seeds stay the results"
+    attempts = [read_if_there(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
     assert drawn[0] == drawn[1] and attempts == [1, 1], "nothing is drawn twice"

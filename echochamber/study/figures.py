@@ -6,10 +6,10 @@
 __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', 'TABLES', 'PICTURES', 'RECORDS', 'tuned', 'Figure',
            'by_name', 'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching',
            'as_trained', 'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame',
-           'training_frame', 'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of',
-           'labelled_runs', 'condition_tables', 'shipped_seeds', 'rests_on_more', 'collect', 'other_code',
-           'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file',
-           'publish', 'redraw']
+           'training_frame', 'read_if_there', 'machine_of', 'cost_frame', 'write_table', 'write_if_new',
+           'provenance_of', 'labelled_runs', 'condition_tables', 'shipped_seeds', 'rests_on_more', 'collect',
+           'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file',
+           'verdict_file', 'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -232,7 +232,7 @@ def training_frame(run: Run, labels: dict) -> pd.DataFrame:
     return single.assign(**{"stage": run.stage} | labels)
 
 # %% ../../nbs/study/06_figures.ipynb #b03d477d
-def read_json(file: Path) -> dict:
+def read_if_there(file: Path) -> dict:
     "The object in a JSON file; empty if there is none."
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -248,7 +248,7 @@ def machine_of(provenance: dict) -> str:
 
 def cost_frame(run: Run, labels: dict) -> pd.DataFrame:
     "What a run cost, one row: seconds over all attempts, the tokens it trained on or wrote, and on which machine."
-    paid = read_json(run.folder / "provenance.json")
+    paid = read_if_there(run.folder / "provenance.json")
     return pd.DataFrame([{"stage": run.stage, "reference": run.reference, "seconds": paid.get("seconds"),
                           "tokens": paid.get("tokens"), "machine": machine_of(paid), **labels}])
 
@@ -269,7 +269,7 @@ def write_if_new(file: Path, data: bytes) -> None:
 # %% ../../nbs/study/06_figures.ipynb #83a568f6
 def provenance_of(condition: Condition, runs: Sequence[Run]) -> dict:
     "Where the tables of a condition come from: seeds, code, revision, processors, and when the last run ended."
-    told = [read_json(run.folder / "provenance.json") for run in runs]
+    told = [read_if_there(run.folder / "provenance.json") for run in runs]
     seeds = {name: sorted({run.config.seed for run in runs if run.stage == stage})
              for name, stage in (("seeds", "evaluate"), ("pretraining_seeds", "pretrain"))}
     return {"condition": condition.model_dump(mode="json", exclude_defaults=True), **seeds,
@@ -304,7 +304,7 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
 # %% ../../nbs/study/06_figures.ipynb #5d3664bd
 def shipped_seeds(condition: Condition, preset: str) -> tuple[int, bool]:
     "How many seeds the shipped tables of a condition rest on, and whether they were computed by this code."
-    told = read_json(table_file(condition, preset).with_suffix(".json"))
+    told = read_if_there(table_file(condition, preset).with_suffix(".json"))
     code = {run.stage: run.code for run in runs_of(condition, preset, 0)}
     return len(told.get("seeds", ())), told.get("code") == code
 
@@ -416,7 +416,7 @@ def publish(run: Run, ship: bool = False) -> str:
                          "and write the verdict")
     for source, destination in copies.items():
         write_if_new(destination, source.read_bytes())
-    return read_json(run.folder / "verdict.json").get("line", "")
+    return read_if_there(run.folder / "verdict.json").get("line", "")
 
 # %% ../../nbs/study/06_figures.ipynb #dfed7535
 def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[str, str]:

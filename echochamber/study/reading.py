@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'write_caption', 'Results', 'value', 'change',
-           'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'own_sweep',
-           'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base', 'format_sums',
+           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'model_sizes', 'write_caption', 'Results',
+           'value', 'change', 'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves',
+           'own_sweep', 'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base', 'format_sums',
            'format_distance', 'chance_of_decline', 'drawdown', 'claim_status', 'within', 'all_within', 'Verdict',
            'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
 
@@ -30,7 +30,7 @@ from ..grading.metrics import share as ratio
 from ..plots import FORMAT_STYLE, caption, counted, draw_own_seed, plot_interval
 from .conditions import Condition, runs_of
 from .presets import find_preset
-from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_json, table_file
+from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_if_there, table_file
 
 # %% ../../nbs/study/07_reading.ipynb #a191983c
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Tables:
     costs: pd.DataFrame = field(default_factory=pd.DataFrame)
     own: pd.DataFrame = field(default_factory=pd.DataFrame)
     preset: str = "laptop"
-    decoders: tuple[str, ...] = ("default",)  # of its conditions
+    conditions: tuple[Condition, ...] = ()
 
     @classmethod
     def read(cls, config: FigureConfig, paired: bool = True):
@@ -115,8 +115,7 @@ class Tables:
         Raises `StudyError` if a table changed since, or if there is no such seed."""
         own = read_own(config)
         shipped = [read_shipped(config, part) for part in TABLES] if config.shipped else own
-        tables = cls(*shipped, own[0] if config.shipped else pd.DataFrame(), config.preset,
-                     tuple({one.decoder: None for one in config.conditions}))
+        tables = cls(*shipped, own[0] if config.shipped else pd.DataFrame(), config.preset, config.conditions)
         return with_common_seeds(tables) if paired else tables
 
     scale = property(lambda self: find_preset(self.preset))
@@ -126,7 +125,6 @@ class Tables:
     seed_counts = property(lambda self: self.evaluation.groupby("condition").seed.nunique().to_dict())
     pretrainings = property(lambda self: self.evaluation.groupby("condition").pretraining_seed.nunique().to_dict())
     one_pretraining = property(lambda self: 1 in self.pretrainings.values())
-    parameters = property(lambda self: [self.scale.decoders[one].num_parameters for one in self.decoders])
 
 # %% ../../nbs/study/07_reading.ipynb #c0ffee02
 def with_common_seeds(tables: Tables) -> Tables:
@@ -144,15 +142,22 @@ def with_common_seeds(tables: Tables) -> Tables:
     return replace(tables, evaluation=evaluation, training=training)
 
 # %% ../../nbs/study/07_reading.ipynb #5ab2fc73
+def model_sizes(tables: Tables) -> list[int]:
+    "Parameters of the models behind the conditions, each size once."
+    decoders = dict.fromkeys(one.decoder for one in tables.conditions) or ["default"]
+    return [tables.scale.decoders[one].num_parameters for one in decoders]
+
+
 def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     "Write under a figure what it rests on, and return it; `notes` come last."
     alone = [name for name, count in tables.pretrainings.items() if count == 1]
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
     halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
-    several = "" if (count := tables.evaluation.benchmark.nunique()) == 1 else f" of each of {count} benchmarks"
+    count = len({benchmark for one in tables.conditions for benchmark in one.benchmarks or ("usual",)})
+    several = f" of each of {count} benchmarks" if count > 1 else ""
     counts = f"{counted(tables.problems, 'problem')}{several} · {counted(tables.samples, 'sample')} each"
-    return caption(figure, counts, tables.seed_counts, tables.preset, tables.parameters, ", ".join([*said, *notes]))
+    return caption(figure, counts, tables.seed_counts, tables.preset, model_sizes(tables), ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/07_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step
