@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'model_sizes', 'write_caption', 'Results',
-           'value', 'change', 'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves',
-           'own_sweep', 'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base', 'format_sums',
-           'format_distance', 'chance_of_decline', 'drawdown', 'claim_status', 'within', 'all_within', 'Verdict',
-           'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
+           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'measured', 'model_sizes', 'write_caption',
+           'Results', 'value', 'change', 'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values',
+           'seed_curves', 'own_sweep', 'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base',
+           'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'claim_status', 'within', 'all_within',
+           'Verdict', 'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line',
+           'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -142,9 +143,14 @@ def with_common_seeds(tables: Tables) -> Tables:
     return replace(tables, evaluation=evaluation, training=training)
 
 # %% ../../nbs/study/07_reading.ipynb #5ab2fc73
+def measured(tables: Tables) -> list[Condition]:
+    "The conditions that have rows."
+    return [one for one in tables.conditions if one.name in tables.seed_counts]
+
+
 def model_sizes(tables: Tables) -> list[int]:
-    "Parameters of the models behind the conditions, each size once."
-    decoders = dict.fromkeys(one.decoder for one in tables.conditions) or ["default"]
+    "Parameters of the models behind the rows, each size once."
+    decoders = dict.fromkeys(one.decoder for one in measured(tables)) or ["default"]
     return [tables.scale.decoders[one].num_parameters for one in decoders]
 
 
@@ -154,7 +160,7 @@ def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
     halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
-    count = len({benchmark for one in tables.conditions for benchmark in one.benchmarks or ("usual",)})
+    count = len({benchmark for one in measured(tables) for benchmark in one.benchmarks or ("usual",)})
     several = f" of each of {count} benchmarks" if count > 1 else ""
     counts = f"{counted(tables.problems, 'problem')}{several} · {counted(tables.samples, 'sample')} each"
     return caption(figure, counts, tables.seed_counts, tables.preset, model_sizes(tables), ", ".join([*said, *notes]))
