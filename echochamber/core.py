@@ -103,18 +103,18 @@ def atomic_path(destination: str | Path):
 
 # %% ../nbs/core.ipynb #26a622b5
 def write_text(destination: str | Path, text: str) -> None:
-    "Write a text file atomically, as UTF-8."
+    "Write a text file atomically, as UTF-8. Raises `StudyError` if the disk is full."
     with atomic_path(destination) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(destination: str | Path, values) -> None:
-    "Write an indented JSON file atomically."
+    "Write an indented JSON file atomically. Raises `StudyError` if the disk is full."
     write_text(destination, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_frame(destination: str | Path, frame) -> None:
-    "Write a pandas data frame as parquet, atomically."
+    "Write a pandas data frame as parquet, atomically. Raises `StudyError` if the disk is full."
     with atomic_path(destination) as temporary:
         frame.to_parquet(temporary, index=False)
 
@@ -140,5 +140,7 @@ def project_root() -> Path:
 
 
 def outputs_folder() -> Path:
-    "`outputs/` of the project, or the folder named by the environment variable `ECHOCHAMBER_OUTPUTS`."
+    """`outputs/` of the project, or the folder named by the environment variable `ECHOCHAMBER_OUTPUTS`.
+
+    Raises `StudyError` if none is named and there is no project around."""
     return Path(os.environ.get("ECHOCHAMBER_OUTPUTS") or project_root() / "outputs")

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'ACCENT', 'THIRD', 'DARK', 'GREY', 'PALE', 'FORMAT_STYLE', 'METRIC_STYLE', 'ALGORITHM_STYLE', 'PRECISION_STYLE',
-           'SUFFIXES', 'at_k', 'house_style', 'plot_interval', 'draw_seeds', 'draw_own_seed', 'ticks_that_fit',
-           'step_axis', 'mark_episode', 'crop', 'counted', 'caption', 'describe', 'save_figure']
+           'PROMPTS_STYLE', 'MARK_STYLE', 'SUFFIXES', 'at_k', 'house_style', 'plot_interval', 'draw_seeds',
+           'draw_own_seed', 'ticks_that_fit', 'step_axis', 'mark_episode', 'crop', 'counted', 'sizes_in_words',
+           'caption', 'describe', 'save_figure']
 
 # %% ../nbs/plots.ipynb #dfd67d55
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +42,13 @@ METRIC_STYLE = {
     "pass_few": {"color": "#f768a1", "marker": ">", "linestyle": "-.", "label": "pass@{k}"},
     "pass_many": {"color": "#c8bd3a", "marker": "<", "linestyle": ":", "label": "pass@{k}"},
 }
+
+
+def at_k(style: dict, k: int) -> dict:
+    "A style of `METRIC_STYLE` with the number of samples `k` in its label."
+    return style | {"label": style["label"].format(k=k)}
+
+# %% ../nbs/plots.ipynb #665935b9
 ALGORITHM_STYLE = {
     "grpo": {"color": "#7a1f1f", "marker": "*", "linestyle": "-", "label": "GRPO"},
     "ppo": {"color": "#0e7c86", "marker": "p", "linestyle": "--", "label": "PPO"},
@@ -50,11 +59,16 @@ PRECISION_STYLE = {
     "32-true": {"color": "#6b4a2b", "marker": "8", "linestyle": "-", "label": "single precision"},
     "bf16-mixed": {"color": "#c4a484", "marker": "H", "linestyle": "--", "label": "bfloat16"},
 }
-
-# %% ../nbs/plots.ipynb #665935b9
-def at_k(style: dict, k: int) -> dict:
-    "A style of `METRIC_STYLE` with the number of samples `k` in its label."
-    return style | {"label": style["label"].format(k=k)}
+PROMPTS_STYLE = {
+    "easy": {"color": "#c4648a", "marker": (4, 1, 0), "linestyle": "--", "label": "RL on 1–2 operations"},
+    "own": {"color": "#5a5a9e", "marker": (6, 1, 0), "linestyle": "-", "label": "RL on the preset's prompts"},
+}
+MARK_STYLE = {
+    "plain": {"color": "#b5cf8b", "marker": "$=$", "linestyle": "-", "label": "no mark", "markersize": 6},
+    "docstring": {"color": "#a6611a", "marker": "$d$", "linestyle": "--", "label": "docstring", "markersize": 6},
+    "short": {"color": "#4aa99f", "marker": "$s$", "linestyle": "-.", "label": "short names", "markersize": 6},
+    "comments": {"color": "#762a83", "marker": "$c$", "linestyle": ":", "label": "comments", "markersize": 6},
+}
 
 # %% ../nbs/plots.ipynb #c20ae708
 def house_style() -> None:
@@ -147,19 +161,26 @@ def counted(count: int, name: str) -> str:
     return f"{count:,} {name}{'s' * (count != 1)}"
 
 
-def caption(figure: Figure, problems: int, samples: int, seeds: dict[str, int], preset: str, parameters: int,
-            note: str = "") -> str:
-    """Write what a figure rests on in one small line under it, and return the line; `note` comes last.
+def sizes_in_words(parameters: Sequence[int]) -> str:
+    "Sizes of models, `52,000 parameters`, `0.09 to 2.56 M parameters`, from the smallest to the largest."
+    digits = 0 if min(parameters) >= 1e7 else 2
+    million = [f"{size / 1e6:,.{digits}f}" for size in (min(parameters), max(parameters))]
+    exact = [f"{size:,}" for size in (min(parameters), max(parameters))]
+    small = max(parameters) < 1e5
+    return f"{' to '.join(dict.fromkeys(exact if small else million))}{'' if small else ' M'} parameters"
 
-    `seeds`: their number under each condition; told once where it is the same under all."""
-    size = f"{parameters:,}" if parameters < 1e5 else f"{parameters / 1e6:,.{0 if parameters >= 1e7 else 2}f} M"
+
+def caption(figure: Figure, counts: str, seeds: dict[str, int], preset: str, parameters: Sequence[int],
+            note: str = "") -> str:
+    """Write what a figure rests on in small letters under it, and return it; `note` comes last.
+
+    `counts`: of problems and samples, in words; `seeds`: their number under each condition, told once where it is the
+    same under all; `parameters`: of the models."""
     numbers = sorted(set(seeds.values()))
     rests = [counted(number, "seed") + (f" ({', '.join(name for name in seeds if seeds[name] == number)})"
                                         if len(numbers) > 1 else "") for number in numbers]
-    parts = [f"n = {counted(problems, 'problem')}", f"{counted(samples, 'sample')} each", *rests, f"preset {preset}",
-             f"{size} parameters"]
-    text = " · ".join(parts + [note] * bool(note))
-    figure.supxlabel(text, fontsize=6.5, color=DARK, x=0.01, ha="left")
+    text = " · ".join(filter(None, [f"n = {counts}", *rests, f"preset {preset}", sizes_in_words(parameters), note]))
+    figure.supxlabel(textwrap.fill(text, int(21 * figure.get_figwidth())), fontsize=6.5, color=DARK, x=0.01, ha="left")
     return text
 
 # %% ../nbs/plots.ipynb #ec40be4f
@@ -172,7 +193,7 @@ def describe(figure: Figure) -> str:
         shown = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
         heading = axes.get_title("left") or axes.get_title()
         said.append(": ".join(filter(None, (heading, shown))) + f" ({names})" * bool(names))
-    return ". ".join(filter(None, [*said, figure.get_supxlabel()]))
+    return ". ".join(filter(None, [*said, figure.get_supxlabel().replace("\n", " ")]))
 
 
 SUFFIXES = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None},

@@ -170,15 +170,19 @@ def test_processes_do_the_same(mirror, undisturbed, tmp_path):
 
 
 PARALLEL = """
-import sys, time
+import signal, sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 from miniatures import miniature_config
 from echochamber.data.preparation import prepare, processes
 if __name__ == "__main__":
     mirror, folder = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
+    def hold(done, units, line):
+        print(done, flush=True)
+        sys.stdin.read()  # the second unit is not waited for
     with processes(2) as mapping:
-        prepare(miniature_config(Path(mirror)), folder, mirror, mapping, lambda done, units, line: print(done, flush=True))
+        prepare(miniature_config(Path(mirror)), folder, mirror, mapping, hold)
 """
 
 
@@ -187,8 +191,8 @@ def test_workers_end_with_the_one_that_started_them(mirror, undisturbed, tmp_pat
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": f"{project_root()}{os.pathsep}{project_root() / 'tests'}"}
-    process = subprocess.Popen([sys.executable, script, mirror, tmp_path / "corpus"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, cwd=project_root(), env=environment)
+    process = subprocess.Popen([sys.executable, script, mirror, tmp_path / "corpus"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=project_root(), env=environment)
     assert process.stdout.readline().strip() == "1"
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(deadly)

@@ -304,7 +304,7 @@ def test_a_judge_who_sends_a_byte_now_and_then_is_given_up(judge):
     server = judge(b" " for _ in range(1000) if not end.wait(0.05))
     begun = time.monotonic()
     assert "nothing whole within 0.3 seconds" in refused(ask_judge, server.config.model_copy(update={"seconds": 0.3}), "?")
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30  # whoever waits for all of it takes 50 s
     end.set()
 
 

@@ -44,8 +44,8 @@ def test_a_judge_that_cannot_start_is_one_sentence(monkeypatch):
 
 @given(text=st.text(max_size=60) | st.text(alphabet="0123456789xk+-*/^_(){}[]\\frac sqrt pi,=", max_size=40))
 def test_any_text_gets_a_verdict(comparer, text):
-    assert comparer("7", text) in (True, False)
-    assert comparer("2k+2", "2(k+1)")
+    assert type(comparer("7", text)) is bool
+    assert comparer("2k+2", "2(k+1)"), "whatever that was, the next one is judged as ever"
 
 
 def test_no_file_of_the_working_folder_is_executed(tmp_path, monkeypatch):

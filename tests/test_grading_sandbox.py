@@ -77,7 +77,8 @@ def test_rounding_is_pythons(sandbox, number, digits):
 def test_cells_have_the_time_of_one_program(sandbox):
     start = time.perf_counter()
     [result, after] = sandbox.run([["for i in range(10**9):\n    x = 1 / (i - 200_000)"] * 200, "6 * 7"])
-    assert result.status in ("timeout", "error") and after.value == "42" and time.perf_counter() - start < 5
+    assert result.status in ("timeout", "error") and after.value == "42"
+    assert time.perf_counter() - start < 60  # the time of each cell would be 200 s
 
 
 def test_sessions_share_nothing_and_repeat_exactly(sandbox):

@@ -1,5 +1,8 @@
 "Styles that keep their promise, and what the drawing functions leave on the axes."
+import ast
 import itertools
+import json
+import re
 
 import matplotlib
 import matplotlib.colors
@@ -7,12 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from echochamber.core import project_root
 from echochamber.data.formats import FORMATS
 from echochamber.plots import (
     ALGORITHM_STYLE,
     FORMAT_STYLE,
+    MARK_STYLE,
     METRIC_STYLE,
     PRECISION_STYLE,
+    PROMPTS_STYLE,
     caption,
     crop,
     draw_own_seed,
@@ -24,7 +30,7 @@ from echochamber.plots import (
     step_axis,
 )
 
-KINDS = [FORMAT_STYLE, METRIC_STYLE, ALGORITHM_STYLE, PRECISION_STYLE]
+KINDS = [FORMAT_STYLE, METRIC_STYLE, ALGORITHM_STYLE, PRECISION_STYLE, PROMPTS_STYLE, MARK_STYLE]
 
 
 @pytest.fixture
@@ -53,6 +59,22 @@ def test_no_two_things_share_a_colour_or_a_marker():
 def test_a_kind_is_readable_in_grey(kind):
     assert min(np.diff(sorted(map(lightness, kind.values())))) > 0.05
     assert len({str(style["linestyle"]) for style in kind.values()}) == len(kind)
+
+
+@pytest.mark.parametrize("path", sorted((project_root() / "nbs/figures").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_figure_types_no_colour_and_no_marker_that_means_something(path):
+    "Styles come from `plots`, by name."
+    source = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
+    chosen = []  # what stands as a marker, in a call or in a dict
+    for node in ast.walk(ast.parse(source)):
+        chosen += [word.value for word in getattr(node, "keywords", []) if word.arg in ("marker", "fmt")]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "plot":
+            chosen += node.args[2:]
+        if isinstance(node, ast.Dict):
+            chosen += [value for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant) and key.value == "marker"]
+    typed = {part.value for each in chosen for part in ast.walk(each) if isinstance(part, ast.Constant)}
+    assert not re.findall(r"#[0-9a-fA-F]{6}\b", source), "a colour"
+    assert not typed & {style["marker"] for kind in KINDS for style in kind.values()}, "a marker"
 
 
 def test_every_format_has_a_style_whose_label_names_no_corpus():
@@ -138,11 +160,11 @@ def test_crop_shows_bands_and_bears_an_empty_panel(axes):
 
 
 def test_caption_names_what_the_figure_rests_on(axes):
-    text = caption(axes.figure, 200, 16, {"ppo": 1, "grpo": 1}, "laptop", 341_632, note="shaded: 95 %")
+    text = caption(axes.figure, "200 problems · 16 samples each", {"ppo": 1, "grpo": 1}, "laptop", [341_632], note="shaded: 95 %")
     assert text == "n = 200 problems · 16 samples each · 1 seed · preset laptop · 0.34 M parameters · shaded: 95 %"
-    assert axes.figure.get_supxlabel() == text
-    other = caption(axes.figure, 1, 1, {"ppo": 3, "grpo": 5}, "paper", 150_000_000)
-    assert other == "n = 1 problem · 1 sample each · 3 seeds (ppo) · 5 seeds (grpo) · preset paper · 150 M parameters"
+    assert axes.figure.get_supxlabel().replace("\n", " ") == text and "\n" in axes.figure.get_supxlabel(), "as wide as the figure"
+    other = caption(axes.figure, "1 problem", {"ppo": 3, "grpo": 5}, "paper", [150_000_000, 1_100_000_000])
+    assert other == "n = 1 problem · 3 seeds (ppo) · 5 seeds (grpo) · preset paper · 150 to 1,100 M parameters"
 
 
 def test_a_figure_is_saved_whole_in_three_formats(axes, tmp_path):

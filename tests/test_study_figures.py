@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 from pretended_runs import pretend_runs
 
 from echochamber.core import project_root
@@ -15,7 +16,7 @@ from echochamber.study.conditions import Condition
 from echochamber.study.figures import (
     FIGURES,
     Figure,
-    read_json,
+    read_if_there,
     redraw,
     table_file,
     verdict_file,
@@ -24,20 +25,31 @@ from echochamber.study.figures import (
 from echochamber.study.reproduction import reproduce
 
 ROOT, SHIPPED = project_root(), project_root() / "outputs/results/laptop"
-DRAWN = [name for name, figure in FIGURES.items()
-         if all((SHIPPED / f"{one.name}.parquet").exists() for one in figure.conditions[: figure.needs])]
+COMMITTED = [name for name in FIGURES if (SHIPPED / f"{name}.json").exists()]  # verdicts
 
 
 @pytest.fixture(scope="module")
-def redrawn(tmp_path_factory):
-    "Every figure drawn from the committed tables into an outputs folder of its own."
+def drawing(tmp_path_factory):
+    "Every figure drawn from the committed tables into an outputs folder of its own; the folder, and which they are."
     outputs = tmp_path_factory.mktemp("outputs")
     shutil.copytree(SHIPPED, outputs / "results/laptop", ignore=shutil.ignore_patterns(*(f"{name}.{ending}" for name in FIGURES for ending in ("json", "csv", "md"))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECHOCHAMBER_OUTPUTS", str(outputs))
         lines = redraw("laptop")
-    assert list(lines) == DRAWN
-    return outputs
+    return outputs, list(lines)
+
+
+@pytest.fixture
+def redrawn(drawing):
+    return drawing[0]
+
+
+def test_what_is_drawn_is_what_is_committed(drawing):
+    "No figure drops out of the comparisons because one of its tables is gone, and none is drawn that is not shown."
+    drawable = [name for name, figure in FIGURES.items()
+                if all((SHIPPED / f"{one.name}.parquet").exists() for one in figure.conditions[: figure.needs])]
+    pictures = {file.stem for file in (ROOT / "outputs/figures/laptop").iterdir()}
+    assert drawing[1] == drawable == COMMITTED and pictures == set(COMMITTED)
 
 
 def printed(notebook: Path) -> list[str]:
@@ -50,12 +62,12 @@ def printed(notebook: Path) -> list[str]:
     return [re.sub(r"<Figure size .*?>", "<Figure>", one) for one in said]
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_verdict_is_the_committed_one(redrawn, name):
-    assert read_json(redrawn / f"results/laptop/{name}.json") == read_json(SHIPPED / f"{name}.json")
+    assert read_if_there(redrawn / f"results/laptop/{name}.json") == read_if_there(SHIPPED / f"{name}.json")
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_tables_are_the_committed_ones(redrawn, name):
     drawn, committed = (folder / f"results/laptop/{name}.md" for folder in (redrawn, ROOT / "outputs"))
     assert drawn.read_text() == committed.read_text()
@@ -63,7 +75,7 @@ def test_the_tables_are_the_committed_ones(redrawn, name):
     pd.testing.assert_frame_equal(*tables, rtol=0, atol=2e-4)  # four places are written
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_picture_is_the_committed_one(redrawn, name):
     "Every coordinate, within a twentieth of a point; on one machine every byte (`plots`)."
     drawn, committed = (re.findall(r"-?\d+\.\d+", (folder / f"figures/laptop/{name}.svg").read_text())
@@ -71,26 +83,43 @@ def test_the_picture_is_the_committed_one(redrawn, name):
     assert len(drawn) == len(committed) and [float(one) for one in drawn] == pytest.approx([float(one) for one in committed], abs=0.05)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_notebook_says_what_is_committed(redrawn, name):
     "Outputs saved in `nbs/figures` are those of the committed tables."
     assert printed(redrawn / f"figures/laptop/{name}.ipynb") == printed(ROOT / f"nbs/figures/{name}.ipynb")
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_front_page_says_what_is_committed(redrawn, name):
-    readme, verdict = (ROOT / "README.md").read_text(), read_json(redrawn / f"results/laptop/{name}.json")
-    for one in verdict["predictions"]:
-        assert one["measured"] in readme, "run `make readme` after `make figures`"
+    "Of every prediction what was measured and whether it holds, of every claim its status and what was found."
+    readme, verdict = (ROOT / "README.md").read_text(), read_if_there(redrawn / f"results/laptop/{name}.json")
+    answers = {True: "yes", False: "**no**", None: "undecided"}
+    rows = [line for line in readme.splitlines() if line.startswith(f"| {verdict['claim']} | ")]
+    expected = [" | ".join(["", verdict["claim"], one["prediction"], one["measured"], answers[one["holds"]], ""]).strip()
+                for one in verdict["predictions"]]
+    assert rows == expected, "run `make readme` after `make figures`"
+    finding = f"{verdict['finding'][:1].upper()}{verdict['finding'][1:]}"
+    assert f"- **{verdict['claim']}**, {FIGURES[name].title}: ***{verdict['status']}***. {finding}.\n" in readme
     assert (ROOT / f"outputs/figures/laptop/{name}.png").exists()
     assert (ROOT / f"outputs/figures/laptop/{name}.svg").stat().st_size < 300_000, "a picture of that many points should be rasterised"
+
+
+def test_the_front_page_computes_what_it_shows():
+    "Its cells, executed again in a kernel of their own, say what is stored in it, of which the README is made."
+    def said(cell) -> str:
+        data = [output.get("data", {"text/plain": output.get("text")}) for output in cell.outputs if output.get("name") != "stderr"]
+        return "\n".join(one.get("text/markdown", one.get("text/plain")) for one in data)
+    index = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    stored = [said(cell) for cell in index.cells if cell.cell_type == "code"]
+    NotebookClient(index, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    assert [said(cell) for cell in index.cells if cell.cell_type == "code"] == stored, "execute nbs/index.ipynb, then `make readme`"
 
 
 def test_committed_tables_are_those_of_figures():
     "No table without a condition, no condition without provenance, and the seeds it names are in the rows."
     conditions = {one.name for figure in FIGURES.values() for one in figure.conditions}
     tables = {file.stem for file in SHIPPED.glob("*.parquet") if not file.stem.endswith(("_training", "_costs"))}
-    assert tables <= conditions and DRAWN
+    assert tables <= conditions and COMMITTED
     for name in tables:
         rows, origin = pd.read_parquet(SHIPPED / f"{name}.parquet"), json.loads((SHIPPED / f"{name}.json").read_text())
         assert sorted(rows.seed.unique()) == origin["seeds"] and sorted(rows.pretraining_seed.unique()) == origin["pretraining_seeds"]
@@ -130,6 +159,6 @@ def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
     pretend_runs(toy.conditions[0], 0, table[table.seed == 1])
     drawn = [reproduce([toy], "laptop")["toy"] for _ in range(2)]
     assert drawn[0].startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo): accuracy")
-    assert read_json(verdict_file("toy", "laptop"))["seeds"] == table.seed.nunique(), "the shipped seeds stay the results"
-    attempts = [read_json(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
+    assert read_if_there(verdict_file("toy", "laptop"))["seeds"] == table.seed.nunique(), "the shipped seeds stay the results"
+    attempts = [read_if_there(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
     assert drawn[0] == drawn[1] and attempts == [1, 1], "nothing is drawn twice"

@@ -118,7 +118,7 @@ def test_a_killed_guard_is_told_and_leaves_nobody(session, place):
 def test_a_killed_server_costs_only_time(session, place):
     "What is forked goes on, what comes later starts as ever, and the session says so."
     family = family_at_the_gate(place, session)
-    server, = (one for one in psutil.Process(session.pid).children() if "serve(" in " ".join(one.cmdline()))
+    server, = (one for one in psutil.Process(session.pid).children() if "serve_forks(" in " ".join(one.cmdline()))
     server.kill()
     (place / "gate").touch()
     _, complaint = session.communicate(timeout=180)
@@ -126,12 +126,12 @@ def test_a_killed_server_costs_only_time(session, place):
     assert "fork server ended with status -9" in complaint and not any(map(alive, [server, *family]))
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_session_that_ends_while_the_server_imports_leaves_nobody(session, blow):
-    server, = wait_for(lambda: [one for one in psutil.Process(session.pid).children() if "serve(" in " ".join(one.cmdline())])
+@pytest.mark.parametrize(("blow", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_session_that_ends_while_the_server_imports_leaves_nobody(session, blow, status):
+    server, = wait_for(lambda: [one for one in psutil.Process(session.pid).children() if "serve_forks(" in " ".join(one.cmdline())])
     session.send_signal(blow)
     session.communicate(timeout=60)
-    assert session.returncode in (130, -signal.SIGTERM, -signal.SIGKILL)
+    assert session.returncode == status
     wait_for(lambda: not alive(server), 5)
 
 
@@ -152,7 +152,7 @@ def test_forks_leave_nothing_behind(place, server):
 def test_a_server_with_two_threads_refuses(place):
     (place / "threaded.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=[60], daemon=True).start()")
     born = kernel_environment(threads=1) | {"PYTHONPATH": f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    code = "from echochamber.study import fork_server; fork_server.PRELOADED = ('threaded',); fork_server.serve(fork_server.os.getppid())"
+    code = "from echochamber.study import fork_server; fork_server.PRELOADED = ('threaded',); fork_server.serve_forks(fork_server.os.getppid())"
     told = subprocess.run([sys.executable, "-P", "-c", code], env=os.environ | born, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert told.returncode == 1 and "2 threads after the imports" in told.stderr
 

@@ -1,10 +1,13 @@
 "Whoever is killed, and whenever: the same command continues, and finds what a study finds that nobody disturbs."
+import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +16,7 @@ import pytest
 from toy_study import alive, wait_for
 
 from echochamber.core import project_root
+from echochamber.study.runs import folder_status, read_progress
 
 pytestmark = pytest.mark.sessions
 COMMAND = Path(sys.executable).with_name("echochamber")
@@ -21,8 +25,8 @@ COMMAND = Path(sys.executable).with_name("echochamber")
 def start(folder: Path, figures: tuple[str, ...]) -> subprocess.Popen:
     with open(folder.with_suffix(".log"), "a") as log:
         return subprocess.Popen([COMMAND, "reproduce", *figures, "--preset", "smoke", "--workers", "2"], cwd=project_root(),
-                                env=os.environ | {"ECHOCHAMBER_OUTPUTS": str(folder)}, stdout=log, stderr=log,
-                                start_new_session=True)
+                                stdout=log, stderr=log, start_new_session=True,
+                                env=os.environ | {"ECHOCHAMBER_OUTPUTS": str(folder), "CUDA_VISIBLE_DEVICES": ""})
 
 
 def finish(folder: Path, figures: tuple[str, ...]) -> Path:
@@ -31,43 +35,83 @@ def finish(folder: Path, figures: tuple[str, ...]) -> Path:
     return folder
 
 
-def kill(session: subprocess.Popen, victim: str, luck: random.Random) -> bool:
-    """SIGKILL for a process that has no children (a run, mostly), a child of the session (a worker, mostly), or its group;
-    False where there is none at the moment."""
-    if victim == "group":
-        os.killpg(session.pid, signal.SIGKILL)
-        return True
-    try:
-        this = psutil.Process(session.pid)
-        family = this.children() if victim == "worker" else [one for one in this.children(recursive=True) if not one.children()]
-        if family:
-            luck.choice(family).kill()
-    except psutil.NoSuchProcess:
-        return False  # it ended by itself meanwhile
-    return bool(family)
+def belongs(process: psutil.Process, folder: Path) -> bool:
+    "Whether a process was started for the study that writes into this folder."
+    return process.environ().get("ECHOCHAMBER_OUTPUTS") == str(folder)
+
+
+def at_work(folder: Path) -> dict[Path, psutil.Process]:
+    "The runs that are computed at this moment, by their folders, and the kernel of each: it holds the lock and gave its number."
+    kernels = {}
+    for run in sorted(folder.glob("runs/*/*")):
+        if folder_status(run) == "running" and (said := read_progress(run)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # the lock's new owner has not spoken yet
+                if belongs(kernel := psutil.Process(said["pid"]), folder):
+                    kernels[run] = kernel
+    return kernels
+
+
+def fork_server_of(session: subprocess.Popen) -> psutil.Process:
+    "The child of a session that forks its executors."
+    return next(child for child in psutil.Process(session.pid).children() if "fork_server" in " ".join(child.cmdline()))
+
+
+def strike(session: subprocess.Popen, victim: str, folder: Path, luck: random.Random) -> list[Path] | None:
+    """SIGKILL for the kernel of a run that is computed, for the executor above it, for the fork server, or for the session
+    with all its group; the runs that it kept from their end. None if nothing was computed, or the blow came too late."""
+    work = at_work(folder)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if not work:
+            return None
+        run = luck.choice(list(work))
+        executors = {one: kernel.parent() for one, kernel in work.items()}
+        assert all(belongs(one, folder) and one.pid != session.pid for one in executors.values())
+        match victim:
+            case "kernel":
+                work[run].kill()
+            case "executor":
+                executors[run].kill()
+            case "server":
+                fork_server_of(session).kill()
+                return []  # what it has forked goes on
+            case "group":
+                os.killpg(session.pid, signal.SIGKILL)
+        struck = list(work) if victim == "group" else [run]
+        nobody_is_left({process for one in struck for process in (work[one], executors[one])})
+        return [one for one in struck if not (one / "DONE").exists()] or None
+    return None  # it ended by itself meanwhile
 
 
 def nobody_is_left(family: set[psutil.Process]) -> None:
     wait_for(lambda: not any(map(alive, family)), 60)
 
 
-def disturb(folder: Path, figures: tuple[str, ...], victims: list[str], luck: random.Random) -> None:
-    "Start the study again and again until each of `victims` has been killed, one after the other."
-    session, family, waiting = None, set(), list(victims)
-    while waiting:
-        if session is None or session.poll() is not None:
-            nobody_is_left(family)
-            session, family = start(folder, figures), set()
-        time.sleep(luck.uniform(1, 30))
-        if session.poll() is None:
-            family |= set(psutil.Process(session.pid).children(recursive=True))
-            if kill(session, waiting[0], luck):
-                waiting.pop(0)
-                time.sleep(1)
-    if session.poll() is None:
-        os.killpg(session.pid, signal.SIGKILL)
-    session.wait()
+def finished(folder: Path) -> int:
+    return len(list(folder.glob("runs/*/*/DONE")))
+
+
+def disturb(folder: Path, figures: tuple[str, ...], victims: list[str], runs: int, luck: random.Random) -> Counter:
+    """Start the study again and again until each of `victims` has been killed, one after the other, spread over the first
+    five sixths of its `runs`; how often each run was hit."""
+    session, family, hits, starts = None, set(), Counter(), 0
+    for place, victim in enumerate(victims):
+        hit = None
+        while hit is None:
+            if session is None or session.poll() is not None:
+                assert finished(folder) < runs, f"nothing is left to be computed while {victims[place:]} are to be killed"
+                nobody_is_left(family)
+                session, family, starts = start(folder, figures), set(), starts + 1
+                assert starts <= 5 * len(victims), folder.with_suffix(".log").read_text()[-3000:]
+            while not at_work(folder) and session.poll() is None:
+                time.sleep(0.05)
+            time.sleep(luck.uniform(0, 2))
+            if session.poll() is None and finished(folder) >= place * runs // (1.2 * len(victims)):
+                family |= set(psutil.Process(session.pid).children(recursive=True))
+                hit = strike(session, victim, folder, luck)
+        hits.update(hit)
+    session.wait(timeout=1800)
     nobody_is_left(family)
+    return hits
 
 
 def found(folder: Path) -> dict[str, pd.DataFrame]:
@@ -77,12 +121,16 @@ def found(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def test_ten_kills_change_nothing(tmp_path, figures=("all",), seed=0):
-    "The whole study; with some figures alone it takes a few minutes less. Which processes there are when, the clock decides."
+    """The whole study; with some figures alone it takes a few minutes less. Who is killed is dealt beforehand, when depends on
+    how many runs are done, and a blow counts if a run was being computed; at which of its steps it falls, the clock decides."""
     calm, stormy, luck = finish(tmp_path / "calm", figures), tmp_path / "stormy", random.Random(seed)
-    disturb(stormy, figures, luck.sample(("run", "worker", "group"), 10, counts=(4, 3, 3)), luck)
+    victims = ["server", *luck.sample(("kernel", "executor", "group"), 9, counts=(3, 3, 3))]
+    hits = disturb(stormy, figures, victims, finished(calm), luck)
     finish(stormy, figures)
+    attempts = {run: json.loads((run / "provenance.json").read_text())["attempts"] for run in hits}
+    assert sum(hits.values()) >= 9 and all(attempts[run] > hits[run] for run in hits), (hits, attempts)
     first, second = found(calm), found(stormy)
-    assert list(first) == list(second) and len(first) > 10
+    assert list(first) == list(second) and len(first) >= finished(calm) - len(list(calm.glob("runs/figure/*")))
     for name in first:
         pd.testing.assert_frame_equal(first[name], second[name], obj=name)
     for verdict in calm.glob("reproduced/smoke/*.json"):

@@ -1,12 +1,12 @@
 "A run's name follows everything that can change its result; its folder is whole, resumable or absent."
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -170,29 +170,35 @@ def test_a_locale_without_these_letters_gives_the_same_names_and_finds_the_same_
     assert answers[0] == answers[1] == answers[2] and json.loads(answers[0])[1] == "done"
 
 
-def test_who_reports_is_waited_for_and_who_is_silent_is_not(study):
-    "As long as there is word of progress, for longer than the patience; after that a sentence, and no trace."
-    folder, release = study / "outputs" / "held", threading.Event()
+def test_who_reports_is_waited_for_and_who_is_silent_is_not(study, monkeypatch):
+    "As long as there is word of progress, for longer than the patience; after that a sentence, and no trace. The clock is ours."
+    folder, holder, now, words = study / "outputs" / "held", contextlib.ExitStack(), 0.0, iter(range(10))
 
-    def compute_slowly(seconds: float) -> None:
-        with locked(folder):
-            progress, start = Progress(folder), time.monotonic()
-            while time.monotonic() - start < seconds:
-                progress.report(time.monotonic(), 0, unit="seconds")
-                time.sleep(0.05)
-            release.wait(timeout=60)
+    def hear(place: Path) -> object:
+        "Two thirds of the patience later: another word, until the run has ended."
+        nonlocal now
+        now += 0.02
+        if (word := next(words, None)) is None:
+            holder.close()
+        return word
 
-    release.set()
-    threading.Thread(target=compute_slowly, args=(2.0,)).start()
-    time.sleep(0.2)
-    with locked(folder, patience=0.5):
-        release.clear()
-    threading.Thread(target=compute_slowly, args=(0.0,)).start()
-    time.sleep(0.2)
-    before = sorted(folder.iterdir())
-    assert "has reported nothing for 0.5 s" in refused(lambda: locked(folder, patience=0.5).__enter__())
-    assert sorted(folder.iterdir()) == before
-    release.set()
+    def silence(place: Path) -> dict:
+        nonlocal now
+        now += 0.02
+        return {"pid": 7, "host": "here"}
+
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now))
+    with holder, monkeypatch.context() as patch:
+        patch.setattr(runs, "read_progress", hear)
+        holder.enter_context(locked(folder))
+        with locked(folder, patience=0.03):
+            assert now > 6 * 0.03
+    with locked(folder), monkeypatch.context() as patch:
+        Progress(folder)
+        before = sorted(folder.iterdir())
+        patch.setattr(runs, "read_progress", silence)
+        assert "process 7 on here holds this run and has reported nothing for 0.03 s" in refused(lambda: locked(folder, 0.03).__enter__())
+        assert sorted(folder.iterdir()) == before
 
 
 def test_torch_on_a_full_disk_is_told_as_a_full_disk(study):

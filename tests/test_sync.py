@@ -1,5 +1,7 @@
 "Notebooks are the source: the package, the README and the craft of the notebooks themselves must agree with them."
 import ast
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -7,8 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from nbdev.process import extract_directives
+from torch.distributed.checkpoint.stateful import Stateful
 
 from echochamber.core import project_root
 
@@ -20,6 +25,9 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 LIBRARY = [p for p in NOTEBOOKS if p.parent.name in ROOMS or p.stem in SHARED]
 MODULES = sorted(p for p in (ROOT / "echochamber").rglob("*.py") if p.name[0] != "_")
 BIN = Path(sys.executable).parent
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+DEFINITIONS = FUNCTIONS | ast.ClassDef
+EXPORTS = {"export", "exports", "exporti"}
 
 
 def identity(path: Path) -> str:
@@ -37,6 +45,22 @@ def code_cells(path: Path) -> list[dict]:
 def syntax(source: str) -> ast.Module:
     "The code of a cell without lines for IPython."
     return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
+
+
+def directives(cell: dict) -> set[str]:
+    "Names of the directives of a code cell, as nbdev reads them: from the lines before its code."
+    return set(extract_directives(SimpleNamespace(source=cell["source"]), remove=False))
+
+
+def outermost(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    "Statements of a module, also those within its `if`, `with`, `for` and `try`."
+    for statement in body:
+        yield statement
+        if not isinstance(statement, DEFINITIONS):
+            for part in ("body", "orelse", "finalbody"):
+                yield from outermost(getattr(statement, part, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from outermost(handler.body)
 
 
 def copy_of_notebooks(folder: Path) -> Path:
@@ -124,22 +148,27 @@ def test_notebook_conventions(path):
         lines = cell["source"].splitlines()
         assert len(lines) <= 28, f"a cell of {len(lines)} lines (28 at most): {lines[:3]}"
         assert not (wide := [line for line in lines if len(line) > 120]), f"lines of more than 120 columns: {wide}"
-        if cell["source"].startswith("#| export"):
+        assert not (late := re.findall(r"^\s*#\s*\|.*", cell["source"], flags=re.MULTILINE)[len(directives(cell)):]), f"below the code: {late}"
+        if directives(cell) & EXPORTS:
             kinds = {isinstance(s, ast.Import | ast.ImportFrom) or "TYPE_CHECKING" in ast.unparse(s) for s in syntax(cell["source"]).body}
             assert len(kinds) <= 1, f"imports share a cell with code: {lines[:3]}"
 
 
 def exported_names(cell: dict) -> list[str]:
-    "Public functions and classes of an exported cell."
-    if not cell["source"].startswith("#| export\n"):
+    "Public functions, classes and values of a cell that goes into the module, listed in `__all__` or not."
+    if not directives(cell) & EXPORTS:
         return []
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [s.name for s in syntax(cell["source"]).body if isinstance(s, kinds) and s.name[0] != "_"]
+    statements = list(outermost(syntax(cell["source"]).body))
+    names = [s.name for s in statements if isinstance(s, DEFINITIONS)]
+    for statement in (s for s in statements if isinstance(s, ast.Assign | ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names += [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return [name for name in names if name[0] != "_"]
 
 
 def is_check(cell: dict) -> bool:
     "Whether a reader sees here that something holds: an assertion, a test of fastcore's, an output or a picture."
-    if cell["source"].startswith(("#| export", "#| hide")):
+    if directives(cell) & {*EXPORTS, "hide"}:
         return False
     shown = [output for output in cell["outputs"] if output.get("name") != "stderr" and output["output_type"] != "error"]
     asserts = any(isinstance(node, ast.Assert) or isinstance(node, ast.Call) and ast.unparse(node.func).startswith("test_")
@@ -149,7 +178,7 @@ def is_check(cell: dict) -> bool:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=identity)
 def test_an_export_is_followed_by_a_check(path):
-    "Within two code cells of every exported function or class something is asserted or shown."
+    "Within two code cells of every exported function, class or value something is asserted or shown."
     found = code_cells(path)
     unchecked = [name for place, cell in enumerate(found) for name in exported_names(cell)
                  if not any(map(is_check, found[place + 1 : place + 3]))]
@@ -158,27 +187,97 @@ def test_an_export_is_followed_by_a_check(path):
 
 def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
     "Public functions, and public methods of public classes."
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    for node in tree.body:
-        if isinstance(node, kinds) and node.name[0] != "_":
+    for node in outermost(tree.body):
+        if isinstance(node, FUNCTIONS) and node.name[0] != "_":
             yield node.name, node
         elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
-            yield from ((f"{node.name}.{each.name}", each) for each in node.body if isinstance(each, kinds) and each.name[0] != "_")
+            yield from ((f"{node.name}.{each.name}", each) for each in node.body if isinstance(each, FUNCTIONS) and each.name[0] != "_")
 
 
-def refuses(function: ast.FunctionDef) -> bool:
-    "Whether a function raises `StudyError` itself."
-    raised = (node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc)
-    return any(ast.unparse(each).startswith("StudyError") for each in raised)
+def catches(handler: ast.ExceptHandler) -> bool:
+    "Whether a `StudyError` ends here, and nothing takes its place or goes on with it."
+    kinds = ast.unparse(handler.type) if handler.type else "Exception"
+    return bool(re.search(r"\b(StudyError|(Base)?Exception)\b", kinds)) and not any(
+        isinstance(node, ast.Raise) and not node.exc for node in ast.walk(handler))
+
+
+def uncaught(node: ast.AST) -> Iterator[ast.AST]:
+    "Everything in a function but what stands where its `StudyError` is caught."
+    yield node
+    inside = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Try) and any(map(catches, node.handlers)):
+        inside = [*node.handlers, *node.orelse, *node.finalbody]
+    if isinstance(node, ast.With) and re.search(r"suppress\(.*(StudyError|Exception)", ast.unparse(node.items[0])):
+        inside = []
+    for each in inside:
+        yield from uncaught(each)
+
+
+def refuses(function: ast.FunctionDef, helpers: set[str] = frozenset()) -> bool:
+    "Whether a function raises `StudyError` itself, by whatever name, or calls a helper that does."
+    parts = list(uncaught(function))
+    named = {target.id for node in parts if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("StudyError(")
+             for target in node.targets if isinstance(target, ast.Name)}
+    raised = [ast.unparse(node.exc) for node in parts if isinstance(node, ast.Raise) and node.exc]
+    called = {ast.unparse(node.func) for node in parts if isinstance(node, ast.Call)}
+    return bool(called & helpers) or any(each.startswith("StudyError(") or each in named for each in raised)
+
+
+def refusing(tree: ast.Module) -> set[str]:
+    "Names of a module's functions that raise `StudyError`, directly or through each other."
+    functions, found = [node for node in outermost(tree.body) if isinstance(node, FUNCTIONS)], set()
+    while more := {one.name for one in functions if refuses(one, found)} - found:
+        found |= more
+    return found
+
+
+def documented(module: str, name: str) -> bool:
+    "Whether a function or method says what it is, or the one that it overrides or, for torch's protocol of states, stands for."
+    owner, _, method = name.rpartition(".")
+    place = importlib.import_module(module)
+    return bool(inspect.getdoc(inspect.getattr_static(getattr(place, owner), method) if owner else getattr(place, name)) or
+                owner and (hasattr(Stateful, method) or inspect.getdoc(getattr(getattr(place, owner), method))))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identity)
 def test_public_functions_say_what_they_are_and_what_they_refuse(path):
-    functions = list(public_functions(ast.parse(path.read_text())))
-    silent = [name for name, function in functions if "." not in name and not ast.get_docstring(function)]
+    "What a command of the command line says is its help: it names no exception."
+    tree, module = ast.parse(path.read_text()), ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    functions, helpers = list(public_functions(tree)), refusing(tree)
+    silent = [name for name, function in functions if not documented(module, name)]
     assert not silent, f"no docstring: {', '.join(silent)}"
-    untold = [name for name, function in functions if refuses(function) and "StudyError" not in (ast.get_docstring(function) or "")]
-    assert not untold, f"raise StudyError and do not say so in their docstring: {', '.join(untold)}"
+    told = [function for _, function in functions if not any("command(" in ast.unparse(each) for each in function.decorator_list)]
+    untold = [each.name for each in told if refuses(each, helpers) and "StudyError" not in (ast.get_docstring(each) or "")]
+    assert not untold, f"raise StudyError, or call what does, and do not say so in their docstring: {', '.join(untold)}"
+
+
+EVASIONS = """
+if True:
+    def hidden(): return named()
+def named():
+    error = StudyError("a word")
+    raise error
+def careful():
+    try: named()
+    except StudyError: pass
+def passes_on():
+    try: named()
+    except Exception: raise
+def silent():
+    with contextlib.suppress(StudyError): named()
+twice, constant = lambda one: 2 * one, 3
+half = lambda one: one / 2
+"""
+
+
+def test_nothing_evades_these_rules():
+    "By a condition, a name for the error, a helper, a lambda, or how a directive is written."
+    tree = ast.parse(EVASIONS)
+    assert refusing(tree) == {"hidden", "named", "passes_on"}
+    assert [name for name, _ in public_functions(tree)] == ["hidden", "named", "careful", "passes_on", "silent"]
+    for directive in ("#| export", "#|export", "#| exporti", "# | exports", "#| hide\n#| export"):
+        cell = {"source": f"{directive}\n{EVASIONS}", "outputs": []}
+        assert exported_names(cell)[:2] == ["hidden", "named"] and exported_names(cell)[-3:] == ["twice", "constant", "half"] and not is_check(cell)
 
 
 # --- who imports whom ---------------------------------------------------------------------------------------------------

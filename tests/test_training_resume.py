@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echochamber.core import StudyError
@@ -165,7 +167,16 @@ def held_out_loss(model: Decoder) -> float:
     return held_out_losses(model, pretraining_data()).loss.mean()
 
 
-def test_compiled_pretraining_learns_the_same_and_continues_bit_by_bit(tmp_path):
+@pytest.fixture
+def compiler() -> str:
+    "What PyTorch compiles C++ with; nothing else here needs one."
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("there is no C++ compiler (g++), which `compiled` needs")
+
+
+def test_compiled_pretraining_learns_the_same_and_continues_bit_by_bit(compiler, tmp_path):
     """Two correct programs round differently and drift apart, by how much depends on the processor. So the first steps have to
     agree closely, and the end in what was learnt."""
     eager, history = pretraining(tmp_path / "eager", lambda *_: None)

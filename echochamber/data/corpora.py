@@ -94,6 +94,7 @@ class MixtureConfig(StrictConfig):
 
     @model_validator(mode="after")
     def check_sources(self):
+        "Names differ, and something has a weight."
         names = [source.name for source in self.sources]
         if len(set(names) | {"mini-text"}) <= len(names):
             raise ValueError(f"names of sources must differ from each other and from mini-text, not {names}")

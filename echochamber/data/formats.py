@@ -46,6 +46,7 @@ class StyleConfig(StrictConfig):
     @field_validator("wrong_families")
     @classmethod
     def check_families(cls, families):
+        "Families are known ones."
         if unknown := set(families) - set(FAMILIES):
             raise ValueError(f"unknown families {sorted(unknown)}; known are {sorted(FAMILIES)}")
         return families

@@ -66,6 +66,7 @@ class CorpusConfig(StrictConfig):
 
     @model_validator(mode="after")
     def names_differ(self):
+        "Each source is chosen once."
         names = [choice.source.name for choice in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"each source can be chosen once, not {', '.join(names)}")
@@ -356,7 +357,9 @@ def read_manifest(folder: str | Path) -> pd.DataFrame:
 
 
 def corpus_fingerprint(folder: str | Path) -> str:
-    "Content hash of a finished corpus: of its tokenizer, and of its manifest with the hash of every file."
+    """Content hash of a finished corpus: of its tokenizer, and of its manifest with the hash of every file.
+
+    Raises `StudyError` if its manifest cannot be read."""
     read_manifest(folder)
     return content_hash(Path(folder) / "manifest.jsonl", Path(folder) / "tokenizer.json")
 

@@ -340,6 +340,7 @@ class ProblemConfig(StrictConfig):
 
     @model_validator(mode="after")
     def check_ranges(self):
+        "Ranges are not empty, families are known, and every story can be told within them."
         for name, smallest in (("operations", 1), ("operands", 1), ("factors", 2)):
             low, high = getattr(self, name)
             if not smallest <= low <= high:

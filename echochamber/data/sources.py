@@ -90,7 +90,7 @@ Rows = Iterator[tuple]
 
 
 def parquet_rows(source: CorpusSource, file: BinaryIO, part: int, parts: int, where: str) -> Rows:
-    "The rows of a range of row groups; only the columns asked for are read."
+    "The rows of a range of row groups; only the columns asked for are read. Raises `StudyError` if one is missing."
     table = pq.ParquetFile(file)
     require_columns(source, table.schema_arrow.names, where)
     if groups := list(part_of(table.num_row_groups, part, parts)):
@@ -142,14 +142,16 @@ def parsed_lines(source: CorpusSource, lines: Iterator[tuple[int, bytes]], where
 
 
 def jsonl_rows(source: CorpusSource, file: BinaryIO, part: int, parts: int, where: str) -> Rows:
-    "The rows of a range of bytes of a file of JSON lines."
+    "The rows of a range of bytes of a file of JSON lines. Raises `StudyError` for a line that is no JSON object."
     share = part_of(file.seek(0, io.SEEK_END), part, parts)
     yield from parsed_lines(source, lines_between(io.BufferedReader(file, 2**20), share.start, share.stop), where,
                             "byte")
 
 
 def zst_rows(source: CorpusSource, file: BinaryIO, part: int, parts: int, where: str) -> Rows:
-    "The rows of JSON lines in Zstandard; what else a row holds (`meta` differs from file to file) is not looked at."
+    """The rows of JSON lines in Zstandard; what else a row holds (`meta` differs from file to file) is not looked at.
+
+    Raises `StudyError` for a line that is no JSON object."""
     stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 2**20)
     yield from parsed_lines(source, enumerate(stream, start=1), where, "line")
 

@@ -63,6 +63,7 @@ class PreparedMixtureConfig(StrictConfig):
 
     @model_validator(mode="after")
     def parts_agree(self):
+        "All sources have a weight within a budget, or none; each stands there once."
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and (not all(weighted) or self.tokens is None or not sum(s.weight for s in self.sources)):
             raise ValueError("weights need a budget in `tokens`, one for each source, and one that is not 0")

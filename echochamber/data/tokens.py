@@ -118,9 +118,11 @@ class StepAddressedLoader:
             yield self.data.batch(step, micro_batch * world + self.trainer.global_rank, accumulate * world)
 
     def state_dict(self) -> dict:
+        "Nothing: what comes next follows from the step."
         return {}
 
     def load_state_dict(self, state: dict) -> None:
+        "Nothing: what comes next follows from the step."
         pass
 
 # %% ../../nbs/data/03_tokens.ipynb #0e861b9b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'POWERS', 'HEADLINES', 'check_fields', 'check_row', 'gold_key', 'check_gold', 'read_completions',
-           'as_evaluation', 'ks_of', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'rehearse',
+           'as_evaluation', 'ks_of', 'headlines', 'remarks', 'undecided_remark', 'evaluation_lines', 'require_writable',
            'table_place']
 
 # %% ../../nbs/grading/05_completions.ipynb #76caf183
@@ -138,7 +138,7 @@ def evaluation_lines(evaluation: pd.DataFrame, undecided: int = 0) -> list[str]:
     return lines + (["", undecided_remark(undecided)] if undecided else [])
 
 # %% ../../nbs/grading/05_completions.ipynb #5f2a9226
-def rehearse(out: Path) -> None:
+def require_writable(out: Path) -> None:
     "Raises `StudyError` unless a file can be written at a place, its missing folders included; leaves nothing behind."
     home = next(place for place in out.absolute().parents if os.path.exists(place))
     if not home.is_dir():
@@ -159,7 +159,7 @@ def table_place(out: str | Path) -> Path:
         out = Path(out).expanduser()
     except RuntimeError as error:
         raise StudyError(f"{out}: names an unknown home ({error}); write the path in full") from None
-    rehearse(out)
+    require_writable(out)
     if out.is_dir():
         raise StudyError(f"{out}: is a folder; give a file in it, such as {out / 'graded.parquet'}")
     if out.suffix != ".parquet":

@@ -201,7 +201,7 @@ def wrong_votes(frame: pd.DataFrame, cells: np.ndarray) -> dict[int, tuple[int, 
 
 
 def majorities(correct: np.ndarray, samples: np.ndarray, wrong: dict[int, tuple[int, ...]], k: int) -> np.ndarray:
-    "Exact maj@k of every problem; 0 for a problem without samples."
+    "Exact maj@k of every problem; 0 for a problem without samples. Raises `StudyError` if it cannot be counted."
     votes = (wrong.get(cell, ()) for cell in range(len(samples)))
     return np.array([majority_curve(int(c), w, int(n - c - sum(w)), k)[k] if n else 0.0
                      for c, n, w in zip(correct, samples, votes, strict=True)])
@@ -214,7 +214,9 @@ def powers_of_two(samples: int) -> list[int]:
 # %% ../../nbs/grading/04_metrics.ipynb #5a2570bb
 def sample_metric_sums(frame: pd.DataFrame, cells: np.ndarray, count, ks: Sequence[int] | None,
                     vote: bool) -> Iterator[tuple]:
-    "pass@k and, with `vote`, maj@k of each problem, for every k; warns of a maj@k that cannot be counted."
+    """pass@k and, with `vote`, maj@k of each problem, for every k; warns of a maj@k that cannot be counted.
+
+    Raises `StudyError` for a k above the number of samples."""
     samples, correct = count(frame["outcome"].notna()), count(frame["outcome"] == "correct")
     present, wrong = samples > 0, wrong_votes(frame, cells) if vote else {}
     for k in powers_of_two(int(samples[present].min())) if ks is None else ks:

@@ -135,6 +135,7 @@ class IsInteger(ast.NodeTransformer):
     "`x.is_integer()` becomes `_is_integer(x)`."
 
     def visit_Call(self, call: ast.Call) -> ast.AST:
+        "A call of `.is_integer()` becomes one of our function, whatever it is called on."
         self.generic_visit(call)
         if isinstance(call.func, ast.Attribute) and call.func.attr == "is_integer" and not call.args:
             return ast.Call(ast.Name("_is_integer", ast.Load()), [call.func.value], [])
@@ -232,15 +233,19 @@ class Workers:
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory:
+        "Where the script lies that starts the workers."
         return tempfile.TemporaryDirectory(prefix="sandbox-")
 
     @cached_property
     def pool(self) -> Monty:
-        "Started by the first program, in the process that runs it: a forked process cannot use its parent's workers."
+        """Started by the first program, in the process that runs it: a forked process cannot use its parent's workers.
+
+        Raises `StudyError` if they do not start."""
         return start_workers(self.config, self.folder.name)
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
+        "One thread per worker hands it programs and waits."
         return ThreadPoolExecutor(self.config.workers, thread_name_prefix="sandbox")
 
 # %% ../../nbs/grading/00_sandbox.ipynb #3a7c10f1

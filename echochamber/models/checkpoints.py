@@ -172,12 +172,14 @@ def import_from_transformers(folder: str | Path, pickles: bool = False) -> tuple
 
 # %% ../../nbs/models/02_checkpoints.ipynb #e0b30007
 def checkpoint_files(folder: Path, pickles: bool = False) -> list[Path]:
-    "The files that make a checkpoint, ours or Transformers': weights, shape, tokenizer, and what names the end token."
+    """The files that make a checkpoint, ours or Transformers': weights, shape, tokenizer, and what names the end token.
+
+    Raises `StudyError` if the weights are pickles, unless they are asked for."""
     optional = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     required = [*find_weights(folder, pickles), folder / CONFIG_FILE, folder / TOKENIZER_FILE]
     return required + [file for file in optional if file.is_file()]
 
 
 def checkpoint_hash(folder: Path) -> str:
-    "Content hash of a checkpoint."
+    "Content hash of a checkpoint. Raises `StudyError` if its weights are pickles."
     return content_hash(*checkpoint_files(folder))

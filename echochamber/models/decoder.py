@@ -52,6 +52,7 @@ class DecoderConfig(DecoderShape):
 
     @model_validator(mode="after")
     def parts_agree(self):
+        "The width divides into heads of even size, and the end token is one of the vocabulary."
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 × heads ({2 * self.heads}); choose it so")
         if self.end_token >= self.vocab_size:

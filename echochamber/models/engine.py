@@ -46,6 +46,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
+        "Do everything again, into the same memory."
         for operation, arguments, named, result in self.calls:
             for before, now in zip(tree_leaves(result), tree_leaves(operation(*arguments, **named)), strict=True):
                 if before.data_ptr() != now.data_ptr():  # neither view nor in place; what follows reads `before`

@@ -66,7 +66,9 @@ def read_config(file: Path) -> object:
 
 
 def trained_problems(run: Path | None) -> ProblemConfig | None:
-    "The problems that a run names in its config: those of its prompts, or of its first source that has any."
+    """The problems that a run names in its config: those of its prompts, or of its first source that has any.
+
+    Raises `StudyError` if its config cannot be read."""
     match read_config(run / "config.json") if run else None:
         case {"problems": found}:
             pass
@@ -132,6 +134,20 @@ def plan_evaluation(checkpoint: Path, benchmark: str, data: Path | None = None, 
         "benchmark": benchmark, "data": str(data) if data else None, "data_hash": file_hash(data), **options},
         where=stage)
     return Run(stage, evaluation_name(checkpoint, benchmark), config)
+
+# %% ../../nbs/study/09_checkpoint_evaluation.ipynb #812c7f7c
+def question_line(evaluation: Run) -> str:
+    """What the generator is asked for, in a line; empty where the questions come from a file.
+
+    Raises `StudyError` if the config of the run that is evaluated cannot be read."""
+    config = evaluation.config
+    if config.benchmark not in MINI or config.data:
+        return ""
+    run = run_folder(Path(config.model))
+    whose = "the generator's default problems" if trained_problems(run) is None else f"the problems of {run.name}"
+    (fewest, most), (least, largest) = config.problems.operations, config.problems.operands
+    verb = "draws" if config.benchmark == "mini-gsm" else "goes beyond"
+    return f"{config.benchmark} {verb} {whose}: {fewest} to {most} operations, amounts {least} to {largest}"
 
 # %% ../../nbs/study/09_checkpoint_evaluation.ipynb #e1c10011
 def question_line(evaluation: Run) -> str:

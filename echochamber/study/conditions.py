@@ -65,6 +65,7 @@ class Condition(StrictConfig):
 
     @model_validator(mode="after")
     def parts_agree(self):
+        "Fields that have no meaning together are refused."
         check_condition(self)
         return self
 
@@ -281,7 +282,9 @@ def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) 
 
 
 def after_supervised(run: Run, scale: Preset, condition: Condition, seed: int) -> Run:
-    "A fine-tuning that starts from the end of the supervised control instead, which becomes its parent."
+    """A fine-tuning that starts from the end of the supervised control instead, which becomes its parent.
+
+    Raises `StudyError` if there is nothing to imitate."""
     own = tuple(change for change in condition.changes if change[0].split(".")[0] != "rl")
     told = {"algorithm": "sft", "supervised_first": False, "kl_coefficient": 0.0, "changes": own}
     first = finetuning_run(scale, condition.model_copy(update=told), run.parents[0], seed)
@@ -344,7 +347,9 @@ def work_of(run: Run) -> float:
 
 # %% ../../nbs/study/05_conditions.ipynb #81aca634
 def expected_seconds(run: Run, preset: str) -> float:
-    "Rough duration of a run on the preset's machine, for estimates before anything has been measured [seconds]."
+    """Rough duration of a run on the preset's machine, for estimates before anything has been measured [seconds].
+
+    Raises `StudyError` for an unknown preset."""
     seconds = find_preset(preset).seconds
     if run.stage not in STAGES or (run.stage != "pretrain" and not run.parents):  # a figure, or a config of one's own
         return seconds.get(run.stage, 60.0)

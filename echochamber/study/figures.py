@@ -6,10 +6,10 @@
 __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', 'TABLES', 'PICTURES', 'RECORDS', 'tuned', 'Figure',
            'by_name', 'figures_at', 'conditions_at', 'penalties', 'groups_of', 'errs', 'lengthened', 'in_background',
            'grown', 'reaching', 'as_released', 'as_trained', 'foretold', 'figure_runs', 'table_file', 'asked_problems',
-           'described', 'evaluation_frame', 'training_frame', 'read_json', 'machine_of', 'cost_frame', 'write_table',
-           'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'shipped_seeds', 'rests_on_more',
-           'collect', 'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder',
-           'picture_file', 'verdict_file', 'publish', 'redraw']
+           'described', 'evaluation_frame', 'training_frame', 'read_if_there', 'machine_of', 'cost_frame',
+           'write_table', 'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'shipped_seeds',
+           'rests_on_more', 'collect', 'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure',
+           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -250,13 +250,17 @@ def asked_problems(config: EvaluateConfig, count: int) -> list[Problem]:
 
 # %% ../../nbs/study/06_figures.ipynb #23f3621f
 def described(frame: pd.DataFrame, config: EvaluateConfig) -> pd.DataFrame:
-    "An evaluation that still has its texts with its styles, and on generated problems its errors."
+    """An evaluation that still has its texts with its styles, and on generated problems its errors.
+
+    Raises `StudyError` if the problems are not those of the evaluation."""
     frame, known = with_styles(frame), config.benchmark in MINI and not config.data
     return with_errors(frame, asked_problems(config, int(frame.problem.max()) + 1)) if known else frame
 
 
 def evaluation_frame(run: Run, labels: dict) -> pd.DataFrame:
-    "One evaluation without its texts but with what they show, labelled; one row per completion."
+    """One evaluation without its texts but with what they show, labelled; one row per completion.
+
+    Raises `StudyError` if its problems are not those of its config."""
     frame, tuned = pd.read_parquet(run.folder / "evaluation.parquet"), run.parents[0].config
     if "completion" in frame:
         frame = described(frame, run.config).drop(columns=[name for name in TEXTS if name in frame])
@@ -272,7 +276,7 @@ def training_frame(run: Run, labels: dict) -> pd.DataFrame:
     return single.assign(**{"stage": run.stage} | labels)
 
 # %% ../../nbs/study/06_figures.ipynb #b03d477d
-def read_json(file: Path) -> dict:
+def read_if_there(file: Path) -> dict:
     "The object in a JSON file; empty if there is none."
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -288,7 +292,7 @@ def machine_of(provenance: dict) -> str:
 
 def cost_frame(run: Run, labels: dict) -> pd.DataFrame:
     "What a run cost, one row: seconds over all attempts, the tokens it trained on or wrote, and on which machine."
-    paid = read_json(run.folder / "provenance.json")
+    paid = read_if_there(run.folder / "provenance.json")
     return pd.DataFrame([{"stage": run.stage, "reference": run.reference, "seconds": paid.get("seconds"),
                           "tokens": paid.get("tokens"), "machine": machine_of(paid), **labels}])
 
@@ -309,7 +313,7 @@ def write_if_new(file: Path, data: bytes) -> None:
 # %% ../../nbs/study/06_figures.ipynb #83a568f6
 def provenance_of(condition: Condition, runs: Sequence[Run]) -> dict:
     "Where the tables of a condition come from: seeds, code, revision, processors, and when the last run ended."
-    told = [read_json(run.folder / "provenance.json") for run in runs]
+    told = [read_if_there(run.folder / "provenance.json") for run in runs]
     seeds = {name: sorted({run.config.seed for run in runs if run.stage == stage})
              for name, stage in (("seeds", "evaluate"), ("pretraining_seeds", "pretrain"))}
     return {"condition": condition.model_dump(mode="json", exclude_defaults=True), **seeds,
@@ -344,7 +348,7 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
 # %% ../../nbs/study/06_figures.ipynb #5d3664bd
 def shipped_seeds(condition: Condition, preset: str) -> tuple[int, bool]:
     "How many seeds the shipped tables of a condition rest on, and whether they were computed by this code."
-    told = read_json(table_file(condition, preset).with_suffix(".json"))
+    told = read_if_there(table_file(condition, preset).with_suffix(".json"))
     code = {run.stage: run.code for run in runs_of(condition, preset, 0)}
     return len(told.get("seeds", ())), told.get("code") == code
 
@@ -358,7 +362,8 @@ def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
 def collect(figure: Figure, preset: str, seeds: int) -> None:
     """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
 
-    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too."""
+    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too. Raises
+    `StudyError` if the problems of an evaluation are not those of its config."""
     for condition in (one for one in conditions_at(figure, preset) if not rests_on_more(one, preset, seeds)):
         for part, table in condition_tables(condition, preset, range(seeds)).items():
             write_table(table_file(condition, preset, part), table)
@@ -412,7 +417,9 @@ def figure_run(figure: Figure, preset: str, seeds: Sequence[int] = ()) -> Run:
 
 # %% ../../nbs/study/06_figures.ipynb #f0df1bb3
 def open_figure(name: str, preset: str, config: dict | None) -> FigureConfig:
-    "The config that the study passes to a figure's notebook, or by hand one that reads what is shipped."
+    """The config that the study passes to a figure's notebook, or by hand one that reads what is shipped.
+
+    Raises `StudyError` if there is nothing to draw."""
     return FigureConfig.parse(config, where=name) if config else figure_run(FIGURES[name], preset).config
 
 
@@ -455,7 +462,7 @@ def publish(run: Run, ship: bool = False) -> str:
                          "and write the verdict")
     for source, destination in copies.items():
         write_if_new(destination, source.read_bytes())
-    return read_json(run.folder / "verdict.json").get("line", "")
+    return read_if_there(run.folder / "verdict.json").get("line", "")
 
 # %% ../../nbs/study/06_figures.ipynb #dfed7535
 def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[str, str]:

@@ -99,7 +99,9 @@ def notebook_source(notebook: Path) -> str:
 
 @lru_cache
 def code_version(notebook: Path, leave_out: tuple[str, ...] = NOT_COMPUTING) -> str:
-    "Hash of a notebook's code and of all modules of the project it leads to, as this process found them."
+    """Hash of a notebook's code and of all modules of the project it leads to, as this process found them.
+
+    Raises `StudyError` if it cannot be read as a notebook."""
     source = notebook_source(notebook)
     return content_hash(program_text(source), json.dumps(reachable_sources(source, leave_out)))
 

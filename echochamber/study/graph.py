@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core import StudyError, outputs_folder
-from .execution import SESSION, THREADS, Task, kernel_environment, launch, module_path, run_task
+from .execution import SESSION, THREADS, NotebookTask, kernel_environment, launch, module_path
+from .execution import run_task
 from .fingerprint import cores
 from .fork_server import fork_server
 from .runs import Run, read_progress, require_intact, require_outputs
@@ -135,7 +136,7 @@ def gpus_of(ranks: int, worker: int, gpus: Sequence[str]) -> list[str]:
     return [gpus[(worker * ranks + rank) % len(gpus)] for rank in range(ranks)]
 
 # %% ../../nbs/study/08_graph.ipynb #a2e03752
-def place(task: Task, gpus: Sequence[str], *parents: None) -> None:
+def place(task: NotebookTask, gpus: Sequence[str], *parents: None) -> None:
     "In a Dask worker: execute a task on the GPU of this worker while it is wanted. Raises `StudyError` if it fails."
     from distributed import Status, get_worker
     worker = get_worker()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'GREEDY', 'Checkpoint', 'ANSWERS', 'Metric', 'share', 'pass_at', 'majority_at', 'with_interval', 'points',
-           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'write_caption', 'Results', 'value', 'change',
-           'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values', 'seed_curves', 'own_sweep',
-           'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base', 'format_sums',
-           'format_distance', 'chance_of_decline', 'drawdown', 'status_of', 'within', 'all_within', 'Verdict',
-           'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line', 'place_of']
+           'read_shipped', 'read_own', 'Tables', 'with_common_seeds', 'measured', 'model_sizes', 'write_caption',
+           'Results', 'value', 'change', 'curve', 'sweep', 'sweep_changes', 'metrics_by_seed', 'seed_values',
+           'seed_curves', 'own_sweep', 'draw_sweep', 'problem_facts', 'among', 'over_seeds', 'crossing', 'gain_by_base',
+           'format_sums', 'format_distance', 'chance_of_decline', 'drawdown', 'claim_status', 'within', 'all_within',
+           'Verdict', 'ends_table', 'to_markdown', 'write_tables', 'verdict_line', 'write_verdict', 'own_seed_line',
+           'place_of']
 
 # %% ../../nbs/study/07_reading.ipynb #ce6bb5b9
 from collections.abc import Sequence
@@ -27,10 +28,10 @@ from ..data.formats import FORMATS
 from ..grading.metrics import crossed_interval, per_problem_sums, pass_at_k, prediction_interval
 from ..grading.metrics import summarise, paired_difference
 from ..grading.metrics import share as ratio
-from ..plots import FORMAT_STYLE, caption, draw_own_seed, plot_interval
+from ..plots import FORMAT_STYLE, caption, counted, draw_own_seed, plot_interval
 from .conditions import Condition, runs_of
 from .presets import find_preset
-from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_json, table_file
+from .figures import TABLES, FigureConfig, asked_problems, condition_tables, read_if_there, table_file
 
 # %% ../../nbs/study/07_reading.ipynb #a191983c
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Tables:
     costs: pd.DataFrame = field(default_factory=pd.DataFrame)
     own: pd.DataFrame = field(default_factory=pd.DataFrame)
     preset: str = "laptop"
+    conditions: tuple[Condition, ...] = ()
 
     @classmethod
     def read(cls, config: FigureConfig, paired: bool = True):
@@ -114,7 +116,7 @@ class Tables:
         Raises `StudyError` if a table changed since, or if there is no such seed."""
         own = read_own(config)
         shipped = [read_shipped(config, part) for part in TABLES] if config.shipped else own
-        tables = cls(*shipped, own[0] if config.shipped else pd.DataFrame(), config.preset)
+        tables = cls(*shipped, own[0] if config.shipped else pd.DataFrame(), config.preset, config.conditions)
         return with_common_seeds(tables) if paired else tables
 
     scale = property(lambda self: find_preset(self.preset))
@@ -141,14 +143,27 @@ def with_common_seeds(tables: Tables) -> Tables:
     return replace(tables, evaluation=evaluation, training=training)
 
 # %% ../../nbs/study/07_reading.ipynb #5ab2fc73
+def measured(tables: Tables) -> list[Condition]:
+    "The conditions that have rows."
+    return [one for one in tables.conditions if one.name in tables.seed_counts]
+
+
+def model_sizes(tables: Tables) -> list[int]:
+    "Parameters of the models behind the rows, each size once."
+    decoders = dict.fromkeys(one.decoder for one in measured(tables)) or ["default"]
+    return [tables.scale.decoders[one].num_parameters for one in decoders]
+
+
 def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     "Write under a figure what it rests on, and return it; `notes` come last."
     alone = [name for name, count in tables.pretrainings.items() if count == 1]
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
     halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
-    return caption(figure, tables.problems, tables.samples, tables.seed_counts, tables.preset,
-                   tables.scale.decoders["default"].num_parameters, ", ".join([*said, *notes]))
+    count = len({benchmark for one in measured(tables) for benchmark in one.benchmarks or ("usual",)})
+    several = f" of each of {count} benchmarks" if count > 1 else ""
+    counts = f"{counted(tables.problems, 'problem')}{several} · {counted(tables.samples, 'sample')} each"
+    return caption(figure, counts, tables.seed_counts, tables.preset, model_sizes(tables), ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/07_reading.ipynb #c29dd76e
 Checkpoint = tuple[str, int]  # name of a condition, step
@@ -357,7 +372,7 @@ def drawdown(rewards: pd.Series, smooth: int = 5) -> float:
 ANSWERS = {True: "yes", False: "no", None: "undecided"}
 
 
-def status_of(predictions: Sequence[dict]) -> str:
+def claim_status(predictions: Sequence[dict]) -> str:
     "reproduced, partly reproduced, undecided or not reproduced: what the headlines decide, then all predictions."
     decisive = [one["holds"] for one in predictions if one["headline"]]
     if False in decisive or None in decisive:
@@ -390,7 +405,7 @@ class Verdict:
         self.predictions.append({"prediction": prediction, "measured": measured, "headline": headline,
                                  "holds": None if holds is None else bool(holds)})
 
-    status = property(lambda self: "not reproduced" if self.refuted_by else status_of(self.predictions))
+    status = property(lambda self: "not reproduced" if self.refuted_by else claim_status(self.predictions))
 
     @property
     def table(self) -> pd.DataFrame:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'PREDICTED', 'HISTORY', 'ROOMS', 'COLOURS', 'MARKS', 'STYLE', 'TABLE', 'FIGURE', 'PAGE', 'METHODS',
            'templates', 'MOVES', 'verdicts', 'capitalised', 'short_name', 'findings', 'not_as_predicted', 'Provenance',
-           'read_shipped', 'read_provenance', 'read_costs', 'evidence', 'measured_runs', 'study_costs', 'duration',
+           'read_committed', 'read_provenance', 'read_costs', 'evidence', 'costed_runs', 'study_costs', 'duration',
            'cost_sentence', 'cost_rows', 'where_computed', 'Prose', 'link_to', 'to_html', 'argument', 'when_predicted',
            'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables', 'article', 'report',
            'page_of', 'write_pages', 'write_report']
@@ -79,7 +79,9 @@ def findings(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0007
 def not_as_predicted(preset: str = "laptop", ship: bool = True) -> pd.DataFrame:
-    "Every prediction that does not hold or is undecided: `figure`, `prediction`, `measured`, `holds` (False or None)."
+    """Every prediction that does not hold or is undecided: `figure`, `prediction`, `measured`, `holds` (False or None).
+
+    Raises `StudyError` if no verdict is there, or one cannot be read."""
     rows = [{"figure": name} | one for name, verdict in verdicts(preset, ship).items()
             for one in verdict["predictions"] if one["holds"] is not True]
     return pd.DataFrame(rows, columns=["figure", "prediction", "measured", "holds"])
@@ -96,7 +98,7 @@ class Provenance(StrictConfig):
     note: str = Field("", description="what else is to be said")
 
 
-def read_shipped(file: Path, read: Callable[[Path], Any], figure: Figure, preset: str) -> Any:
+def read_committed(file: Path, read: Callable[[Path], Any], figure: Figure, preset: str) -> Any:
     """What `read` makes of a shipped file behind a figure.
 
     Raises `StudyError` if it is missing, damaged or incomplete."""
@@ -130,13 +132,13 @@ def read_costs(file: Path) -> pd.DataFrame:
 def evidence(figure: Figure, preset: str) -> pd.DataFrame:
     """What the shipped tables of a figure rest on, a row per condition: seeds, code, machine, and what its runs cost.
 
-    Raises `StudyError` as `read_shipped` does."""
+    Raises `StudyError` as `read_committed` does."""
     rows = []
     for condition in conditions_at(figure, preset):
         files = table_file(condition, preset).with_suffix(".json"), table_file(condition, preset, "_costs")
         if not any(file.exists() for file in files):
             continue
-        told, costs = (read_shipped(file, read, figure, preset)
+        told, costs = (read_committed(file, read, figure, preset)
                        for file, read in zip(files, (read_provenance, read_costs), strict=True))
         rows.append({
             "condition": condition.name, "seeds": len(told.seeds), "pretrainings": len(told.pretraining_seeds),
@@ -146,14 +148,14 @@ def evidence(figure: Figure, preset: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0055
-def measured_runs(names: Sequence[str], preset: str) -> pd.DataFrame:
+def costed_runs(names: Sequence[str], preset: str) -> pd.DataFrame:
     """Every run behind the shipped tables of these figures, once for each `figure` that it serves: `COSTS`, `shared`.
 
-    Raises `StudyError` as `read_shipped` does."""
+    Raises `StudyError` as `read_committed` does."""
     found = [pd.DataFrame(columns=[*COSTS, "figure"]).astype({"seconds": float, "tokens": float})]
     for name in names:
         files = [table_file(condition, preset, "_costs") for condition in conditions_at(FIGURES[name], preset)]
-        found += [read_shipped(file, read_costs, FIGURES[name], preset).assign(figure=name)
+        found += [read_committed(file, read_costs, FIGURES[name], preset).assign(figure=name)
                   for file in files if file.exists()]
     runs = pd.concat(found[1:] or found, ignore_index=True).drop_duplicates(["figure", "reference"])
     return runs.assign(shared=runs.duplicated("reference", keep=False))
@@ -163,8 +165,8 @@ def study_costs(names: Sequence[str], preset: str) -> pd.DataFrame:
     """A row per figure, last `all` with each run once: its `runs`, how many are `shared` with another figure, how many
     have no time (`untold`), and the hours of the others by machine.
 
-    Raises `StudyError` as `read_shipped` does."""
-    runs = measured_runs(names, preset)
+    Raises `StudyError` as `read_committed` does."""
+    runs = costed_runs(names, preset)
     runs = pd.concat([runs, runs.drop_duplicates("reference").assign(figure="all")], ignore_index=True)
     counts = runs.assign(untold=runs.seconds.isna()).groupby("figure", sort=False).agg(
         runs=("reference", "size"), shared=("shared", "sum"), untold=("untold", "sum"))
@@ -181,8 +183,8 @@ def duration(seconds: float) -> str:
 def cost_sentence(figure: Figure, preset: str) -> str:
     """What a figure cost as it is shipped, each run counted once, and what a seed of the reader's own will take.
 
-    Raises `StudyError` as `read_shipped` does."""
-    runs, said = measured_runs([figure.name], preset), []
+    Raises `StudyError` as `read_committed` does."""
+    runs, said = costed_runs([figure.name], preset), []
     if len(runs):
         untold = f" ({counted(missing, 'run')} untold)" if (missing := int(runs.seconds.isna().sum())) else ""
         times = [f"{duration(seconds)} on {machine}"
@@ -196,7 +198,7 @@ def cost_sentence(figure: Figure, preset: str) -> str:
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0056
 def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
-    "`study_costs` as rows for readers; none where no figure has shipped costs."
+    "`study_costs` as rows for readers; none where no figure has shipped costs. Raises `StudyError` as that does."
     rows, costs = [], study_costs(names, preset)
     for name, counts in costs.iterrows():
         runs = f"{counts.runs:.0f}" + (f" ({counts.untold:.0f} without a time)" if counts.untold else "")
@@ -207,8 +209,10 @@ def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
 
 
 def where_computed(names: Sequence[str], preset: str) -> str:
-    "On which machines the shipped runs of these figures were computed, by stage, in words; empty without any."
-    used = measured_runs(names, preset).groupby("stage").machine.unique()
+    """On which machines the shipped runs of these figures were computed, by stage, in words; empty without any.
+
+    Raises `StudyError` as `read_committed` does."""
+    used = costed_runs(names, preset).groupby("stage").machine.unique()
     verbs: dict[str, list[str]] = {}
     for stage, verb in {"pretrain": "pretrained", "finetune": "fine-tuned", "evaluate": "evaluated"}.items():
         if stage in used:
@@ -224,11 +228,13 @@ class Prose(mistune.HTMLRenderer):
         self.folder, self.base = folder, base
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
+        "A link from where the notebook lies becomes one from where the report lies."
         if not re.match(r"\w+:|#", url):
             url = link_to(posixpath.normpath(posixpath.join(self.folder, url)), self.base)
         return super().link(text, url, title)
 
     def heading(self, text: str, level: int, **attributes) -> str:
+        "Two levels below the report's own."
         return super().heading(text, min(level + 2, 6), **attributes)
 
 
@@ -558,7 +564,7 @@ templates.filters["capitalise"] = capitalised
 
 
 def article(name: str, preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
-    "HTML of one figure. Raises `StudyError` as `verdicts`, `picture` and `read_shipped` do."
+    "HTML of one figure. Raises `StudyError` as `verdicts`, `picture` and `read_committed` do."
     verdict, figure = verdicts(preset, ship)[name], FIGURES[name]
     row = findings(preset, ship).set_index("figure").loc[name]
     predictions = [{"prediction": one["prediction"], "measured": one["measured"], "holds": mark(ANSWERS[one["holds"]])}

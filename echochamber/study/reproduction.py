@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import StudyError
 from .conditions import expected_seconds
 from .figures import FIGURES, Figure, collect, conditions_at, figure_run, figure_runs, figures_at
-from .figures import publish, read_json, redraw, rests_on_more, table_file, verdict_file
+from .figures import publish, read_if_there, redraw, rests_on_more, table_file, verdict_file
 from .graph import clock, execute, visible_gpus
 from .presets import PRESETS, find_preset
 from .requirements import disk_bytes, missing_requirements
@@ -61,7 +61,7 @@ def study_overview(seeds: int) -> pd.DataFrame:
             if figure.name not in figures_at(preset):
                 continue
             runs = runs_of_figures([figure], preset, seeds)
-            verdicts = [read_json(verdict_file(figure.name, preset, ship)).get("status") for ship in (False, True)]
+            verdicts = [read_if_there(verdict_file(figure.name, preset, ship)).get("status") for ship in (False, True)]
             rows.append({"figure": figure.name, "claim": f"{figure.claim}: {figure.title}", "preset": preset,
                          "done": sum(run.done for run in runs), "runs": len(runs),
                          "seconds": seconds_left(runs, preset), "verdict": next(filter(None, verdicts), "not drawn")})
@@ -105,7 +105,7 @@ def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int) -> list[s
     said = []
     for condition in dict.fromkeys(one for figure in figures for one in conditions_at(figure, preset)):
         file = table_file(condition, preset)
-        there = len(read_json(file.with_suffix(".json")).get("seeds", ()))
+        there = len(read_if_there(file.with_suffix(".json")).get("seeds", ()))
         if there > seeds and not rests_on_more(condition, preset, seeds):
             said.append(f"{file}: rests on {there} seeds and gives way to {seeds}; "
                         f"with --seeds {there} there are as many again")

@@ -56,6 +56,7 @@ class PretrainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def snapshots_inside(self):
+        "Snapshots are steps of the run."
         if wrong := [step for step in self.snapshots if not 0 <= step <= self.fit.steps]:
             raise ValueError(f"snapshots {wrong} lie outside the run of {self.fit.steps} steps")
         return self
@@ -116,6 +117,7 @@ class PromptsConfig(StrictConfig):
 
     @model_validator(mode="after")
     def set_is_real(self):
+        "The benchmark is a real set of problems."
         if self.benchmark not in REAL:
             raise ValueError(f"{self.benchmark} is no real set; choose from {', '.join(REAL)}")
         return self
@@ -158,6 +160,7 @@ class FinetuneConfig(StrictConfig):
 
     @model_validator(mode="after")
     def parts_agree(self):
+        "Snapshots are steps of the run, and solutions are there for what imitates them."
         if wrong := [step for step in self.snapshots if not 0 <= step <= self.total_steps]:
             raise ValueError(f"snapshots {wrong} lie outside the run of {self.total_steps} steps")
         check_solutions(self)

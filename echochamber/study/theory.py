@@ -256,7 +256,7 @@ def measured_run(rows: pd.DataFrame, rollouts: int) -> MeasuredRun:
 
 # %% ../../nbs/study/14_theory.ipynb #44751b72
 def measured_runs(rows: pd.DataFrame, condition: Condition, preset: str) -> dict[tuple[str, int], MeasuredRun]:
-    "The runs of a condition by (its name, seed), from its training metrics."
+    "The runs of a condition by (its name, seed), from its training metrics. Raises `StudyError` without rollouts."
     scale = changed_preset(find_preset(preset), condition.changes)
     rollouts = (scale.questions * scale.expert_iteration.samples if condition.algorithm == "expert_iteration"
                 else scale.rl.prompts * scale.rl.samples)

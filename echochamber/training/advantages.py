@@ -27,13 +27,16 @@ def subtract_group_mean(rewards: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, scale: bool = True, epsilon: float = 1e-9) -> Tensor:
     """GRPO: centred on the group and divided by its sample standard deviation (G − 1) + `epsilon`, [B, G] → [B, G].
 
-    `scale=False` leaves the division out: Dr. GRPO. Groups of equal rewards give exactly 0."""
+    `scale=False` leaves the division out: Dr. GRPO. Groups of equal rewards give exactly 0. Raises `StudyError` for
+    groups of one sample."""
     centred = subtract_group_mean(rewards)                                               # [B, G]
     return centred / (centred.std(dim=-1, keepdim=True, correction=1) + epsilon) if scale else centred
 
 # %% ../../nbs/training/03_advantages.ipynb #84f16c36
 def leave_one_out_advantages(rewards: Tensor) -> Tensor:
-    "RLOO: each reward minus the mean of the *other* samples of its group, [B, G] → [B, G]."
+    """RLOO: each reward minus the mean of the *other* samples of its group, [B, G] → [B, G].
+
+    Raises `StudyError` for groups of one sample."""
     centred = subtract_group_mean(rewards)                                               # [B, G]
     return centred * (centred.shape[1] / (centred.shape[1] - 1))
 
@@ -48,7 +51,9 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/training/03_advantages.ipynb #5f04d448
 def batch_advantages(rewards: Tensor) -> Tensor:
-    "REINFORCE: centred on the group, divided by the standard deviation over the whole batch, [B, G] → [B, G]."
+    """REINFORCE: centred on the group, divided by the standard deviation over the whole batch, [B, G] → [B, G].
+
+    Raises `StudyError` for groups of one sample."""
     centred = subtract_group_mean(rewards)                                               # [B, G]
     return whiten(centred, torch.ones_like(centred, dtype=torch.bool))
 

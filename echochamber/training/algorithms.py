@@ -33,6 +33,7 @@ class RolloutConfig(StrictConfig):
 
     @model_validator(mode="after")
     def sizes_divide(self):
+        "Batches divide into smaller ones, and what is sampled is what is trained."
         rollouts = self.prompts * self.samples
         if rollouts % self.train_batch or self.train_batch % self.micro_batch:
             raise ValueError(f"prompts*samples ({rollouts}) must be a multiple of train_batch ({self.train_batch}), "
@@ -91,6 +92,7 @@ class OnPolicyConfig(StrictConfig):
 
     @model_validator(mode="after")
     def parts_agree(self):
+        "The estimator of advantages has its critic and its groups, and the optimiser its rollouts."
         check_estimator(self.advantage, self.critic, self.rollouts.samples)
         check_sizes(self.rollouts, self.fit)
         return self

@@ -124,7 +124,7 @@ def sample_shard(policy: Decoder, task: Task, config: ExpertIterationConfig, rou
 # %% ../../nbs/training/14_expert_iteration.ipynb #778d92df
 def judge_shard(rollouts: Rollouts, task: Task, config: ExpertIterationConfig, round: int,
                 shard: int) -> tuple[list[Example], dict[str, float]]:
-    "What is kept of a shard, and its statistics."
+    "What is kept of a shard, and its statistics. Raises `StudyError` for an ending that changes a text's tokens."
     given = verify(rollouts.rewards, config.verifier, config.seed, round, shard)  # [B, G]
     told = verifier_statistics(given) if config.verifier.errs else {}
     kept = keep_correct(rollouts, given, ending_tokens(config.ending, task.tokenizer))
@@ -151,7 +151,9 @@ def read_shards(files: Sequence[Path]) -> tuple[list[Example], dict[str, float]]
 # %% ../../nbs/training/14_expert_iteration.ipynb #5a3b1e01
 def sample_round(policy: Decoder, task: Task, config: ExpertIterationConfig, round: int, folder: Path,
                  report: Callable[[int, int], None]) -> tuple[list[Example], dict[str, float]]:
-    "Everything kept in a round, and the statistics of all its samples; `report(done, total)` counts shards."
+    """Everything kept in a round, and the statistics of all its samples; `report(done, total)` counts shards.
+
+    Raises `StudyError` for an ending that changes a text's tokens."""
     shards = -(-len(task.questions) // config.prompts)
     files = [folder / "shards" / f"{shard:04d}.pt" for shard in range(shards)]
 

@@ -47,6 +47,7 @@ class OptimiserConfig(StrictConfig):
 
     @model_validator(mode="after")
     def warm_up_ends_before_horizon(self):
+        "Something is left of the schedule to fall."
         if self.warmup >= self.horizon:
             raise ValueError(f"warmup ({self.warmup}) must be shorter than horizon ({self.horizon})")
         return self

@@ -30,6 +30,7 @@ class LossConfig(StrictConfig):
 
     @model_validator(mode="after")
     def nothing_contradicts(self):
+        "An estimator of KL comes with a coefficient, a constant with the normaliser that uses it."
         if (self.kl == "none") != (self.kl_coefficient == 0):
             raise ValueError(f"kl `{self.kl}` with kl_coefficient {self.kl_coefficient}: give a positive coefficient "
                              "with an estimator, or neither")

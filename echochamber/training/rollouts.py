@@ -30,7 +30,9 @@ from ..models.generation import Completions, SamplingConfig, generate
 # %% ../../nbs/training/05_rollouts.ipynb #6d6c8cab
 class GradesCompletions(Protocol):
     "What grades: `grading.answers.Grader`, or a toy. One whose `sees_prompts` is true is also given `prompts`."
-    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]: ...
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        "A grade for every completion, in their order."
+        ...
 
 
 @dataclass
@@ -100,7 +102,9 @@ def pad_prompt_completion(prompts: Sequence[Sequence[int]],
 
 # %% ../../nbs/training/05_rollouts.ipynb #9ec345b4
 def align_rollouts(rollouts: Rollouts) -> dict[str, torch.Tensor]:
-    "`tokens [N, T]`, `mask [N, T-1]`, `old_log_probs [N, T-1]` and `ended [N]` of every rollout."
+    """`tokens [N, T]`, `mask [N, T-1]`, `old_log_probs [N, T-1]` and `ended [N]` of every rollout.
+
+    Raises `StudyError` for an empty prompt."""
     completions, samples = rollouts.completions, len(rollouts.texts) // len(rollouts.prompts)
     prompts = [prompt for prompt in rollouts.prompts for _ in range(samples)]
     lengths = completions.lengths.tolist()

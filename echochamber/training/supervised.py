@@ -74,6 +74,7 @@ class SupervisedConfig(StrictConfig):
 
     @model_validator(mode="after")
     def sizes_divide(self):
+        "Batches divide into micro-batches and among processes."
         if self.batch % (self.micro_batch * self.processes):
             raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch × processes "
                              f"({self.micro_batch * self.processes})")
@@ -132,9 +133,11 @@ class ExampleLoader:
             yield from self.data.step(step)
 
     def state_dict(self) -> dict:
+        "Nothing: what comes next follows from the step."
         return {}
 
     def load_state_dict(self, state: dict) -> None:
+        "Nothing: what comes next follows from the step."
         pass
 
 # %% ../../nbs/training/13_supervised.ipynb #4f48adb5

@@ -30,9 +30,11 @@ from .rollouts import GradesCompletions
 class ToyGrader:
     "Correct when the completion starts with the answer; the format is `tinygsm` for even first digits, else `omi1`."
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        "A grade for every completion, in their order."
         return [self.grade_one(*pair) for pair in zip(completions, answers, strict=True)]
 
     def grade_one(self, completion: str, answer: str) -> Grade:
+        "The first character counts: even digits are one format, odd ones another, all else is no answer."
         first = completion[:1]
         if not first.isdigit():
             return Grade("other", None, "no_answer", True)
