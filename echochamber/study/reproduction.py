@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRICE', 'choose_figures', 'runs_of_figures', 'seconds_left', 'study_overview', 'disk_bytes', 'figure_costs',
-           'cost_line', 'run_lines', 'seeds_given_up', 'run_of_config', 'reproduce', 'ship']
+           'cost_line', 'run_lines', 'seeds_given_up', 'run_of_config', 'reproduce', 'ship', 'compute_seed']
 
 # %% ../../nbs/study/11_reproduction.ipynb #5d1b4b8a
 from collections.abc import Sequence
@@ -30,8 +30,10 @@ def choose_figures(names: Sequence[str] | None = None) -> list[Figure]:
     return [FIGURES[name] for name in dict.fromkeys(names)]
 
 # %% ../../nbs/study/11_reproduction.ipynb #4b971c2e
-def runs_of_figures(figures: Sequence[Figure], preset: str, seeds: int) -> list[Run]:
-    "Every run that these figures need, each once, parents first. Raises `StudyError` for an unknown preset."
+def runs_of_figures(figures: Sequence[Figure], preset: str, seeds: int | Sequence[int]) -> list[Run]:
+    """Every run that these figures need, each once, parents first; `seeds` are their number or themselves.
+
+    Raises `StudyError` for an unknown preset."""
     find_preset(preset)
     return list({run.reference: run for figure in figures for run in figure_runs(figure, preset, seeds)}.values())
 
@@ -141,3 +143,13 @@ def ship(figures: Sequence[Figure], preset: str, seeds: int, **options) -> dict[
     for figure in figures:
         collect(figure, preset, seeds)
     return redraw(preset, [figure.name for figure in figures])
+
+# %% ../../nbs/study/11_reproduction.ipynb #5eed0002
+def compute_seed(figures: Sequence[Figure], preset: str, seed: int, **options) -> str:
+    """Compute what is missing of one seed of these figures and draw nothing; what is said in the end.
+
+    `options` go to `execute`, which raises `StudyError` for the runs that fail."""
+    runs = runs_of_figures(figures, preset, [seed])
+    computed = execute(runs, lambda run: expected_seconds(run, preset), **options)
+    return (f"seed {seed} is complete, {computed} of its {len(runs)} runs computed now; the same command draws with "
+            "--seeds, the number of all seeds, in the place of --only-seed")
