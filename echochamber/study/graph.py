@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -248,11 +248,8 @@ class SlurmJobs:
     told_every: float = 3600.0  # that no worker has come [seconds]
     fruitless: int = 0
     progress: float = 0.0
-    asked: float = 0.0  # when SLURM was asked last, and when a worker was seen or missed [seconds]
-    seen: float = 0.0
-
-    def __post_init__(self):
-        self.asked = self.seen = time.monotonic()
+    asked: float = field(default_factory=time.monotonic)  # when SLURM was asked last [seconds]
+    seen: float = field(default_factory=time.monotonic)  # when a worker was last seen, or missed in words [seconds]
 
     def watch(self, ready: int, progress: float) -> None:
         """Submit what is missing for `ready` runs that could be computed now; `progress` grows as they advance.
@@ -277,7 +274,7 @@ def tell_of_queue(jobs: SlurmJobs, now: float) -> None:
         jobs.tell(f"No worker has come for {jobs.told_every / 3600:g} h, so nothing is computed; `squeue` tells what "
                   f"jobs {numbers} wait for")
 
-
+# %% ../../nbs/study/08_graph.ipynb #51a2000c
 def renew(jobs: SlurmJobs, ready: int) -> None:
     "Forget the jobs that have ended and submit others for what is left. Raises `StudyError` if that is in vain."
     over = ended_jobs(jobs.cluster)
