@@ -143,13 +143,14 @@ def reproduce(
 
     The same command continues after an interruption. Example: echochamber reproduce convergence --preset smoke"""
     from echochamber.study import reproduction
-    chosen, several = reproduction.choose_figures(figures), seeds_asked(seeds, only_seed, ship)
+    chosen, several = reproduction.choose_figures(figures, preset), seeds_asked(seeds, only_seed, ship)
     runs = reproduction.runs_of_figures(chosen, preset, several)
     say(f"{', '.join(figure.name for figure in chosen)} at preset {preset}: {reproduction.cost_line(runs, preset)}",
         *(reproduction.seeds_given_up(chosen, preset, seeds) if ship else []))
     options = {"workers": workers, "scheduler": scheduler, "slurm": slurm, "redo": redo, "console": console}
     if dry_run:
-        say(*reproduction.run_lines(runs, preset))
+        say(*reproduction.run_lines(runs, preset), *reproduction.lines_of_needs(runs),
+            *(reproduction.figures_left_out(preset) if "all" in (figures or ()) else []))
     elif only_seed is not None:
         say(reproduction.compute_seed(chosen, preset, only_seed, **options))
     else:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'TRAINED_BY', 'START_UP', 'known_mixtures', 'Condition', 'check_condition', 'section_stage',
            'named_changes', 'condition_name', 'condition_labels', 'changed_value', 'changed_preset',
-           'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'algorithm_of', 'start_step',
-           'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run', 'runs_of',
-           'work_of', 'expected_seconds']
+           'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'policy_gradient', 'algorithm_of',
+           'start_step', 'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run',
+           'runs_of', 'token_shares', 'work_of', 'expected_seconds']
 
 # %% ../../nbs/study/05_conditions.ipynb #f3f17d66
 import re
@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
@@ -24,12 +25,12 @@ from ..data.corpora import MixtureConfig, SourceConfig, count_tokens, question_s
 from ..data.formats import join_document
 from ..data.problems import ProblemConfig
 from ..data.preparation import corpus_fingerprint, corpus_folder
-from ..data.token_files import PreparedMixtureConfig
+from ..data.token_files import PreparedMixtureConfig, open_mixture
 from ..models.generation import SamplingConfig
-from .presets import GENERATED_MIXTURES, PRESETS, Preset, find_preset
+from .presets import GENERATED_MIXTURES, PRESETS, PassesPreset, Preset, find_preset
 from .runs import Run
 from .stages import STAGES, Algorithm, EvaluateConfig, FinetuneConfig, PretrainConfig, real_prompts
-from ..training.algorithms import grpo_config, ppo_config
+from ..training.algorithms import ALGORITHMS, OnPolicyConfig
 from ..training.critic import CriticConfig
 from ..training.diagnostics import StopConfig
 from ..training.expert_iteration import ExpertIterationConfig
@@ -53,7 +54,7 @@ class Condition(StrictConfig):
     start: float | None = Field(None, gt=0, lt=1, description="share of pretraining after which fine-tuning starts, a "
                                                               "snapshot; None: its end")
     supervised_first: bool = Field(False, description="imitate worked solutions of the prompts before RL")
-    algorithm: Literal["grpo", "ppo", "expert_iteration", "sft"] = Field("grpo", description="of fine-tuning")
+    algorithm: Literal["grpo", "ppo", "reinforce", "expert_iteration", "sft"] = Field("grpo", description="of fine-tuning")
     kl_coefficient: float = Field(0.0, ge=0, description="β of the penalty towards the pretrained model")
     checkpoints: Literal["all", "ends"] = Field("all", description="snapshots that are evaluated")
     benchmarks: tuple[str, ...] = Field((), description="what its models are evaluated on; empty: the preset's")
@@ -73,7 +74,7 @@ def check_condition(condition: Condition) -> None:
         raise ValueError(f"mixture `{condition.mixture}` is unknown; choose one of {', '.join(known)}")
     if unknown := [name for name in condition.benchmarks if name not in BENCHMARKS]:
         raise ValueError(f"benchmark `{unknown[0]}` is unknown; choose from {', '.join(BENCHMARKS)}")
-    if (algorithm := condition.algorithm) not in ("grpo", "ppo"):
+    if (algorithm := condition.algorithm) not in TRAINED_BY["rl"]:
         if condition.kl_coefficient:
             raise ValueError(f"a KL coefficient is for grpo and ppo, {algorithm} has no such penalty; leave it 0")
         if condition.supervised_first:
@@ -85,8 +86,8 @@ def check_condition(condition: Condition) -> None:
 SECTIONS = {"problems": "pretrain", "corpus": "pretrain", "decoders": "pretrain", "pretraining": "pretrain",
             "prompts": "finetune", "prompt_operations": "finetune", "questions": "finetune", "grader": "finetune",
             "max_new_tokens": "finetune", "rl": "finetune", "expert_iteration": "finetune", "control": "finetune",
-            "evaluation": "evaluate"}
-TRAINED_BY = {"rl": ("grpo", "ppo"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
+            "passes": "pretrain", "evaluation": "evaluate"}
+TRAINED_BY = {"rl": ("grpo", "ppo", "reinforce"), "expert_iteration": ("expert_iteration",), "control": ("sft",)}
 
 
 def section_stage(path: str, algorithm: str) -> str:
@@ -179,8 +180,11 @@ def pretraining_run(scale: Preset, condition: Condition, seed: int) -> Run:
     told = scale.pretraining
     precision = told.precision if condition.precision == "default" else condition.precision
     optimiser = OptimiserConfig(learning_rate=told.learning_rate, warmup=told.warmup, horizon=told.steps)
-    fit = FitConfig(optimiser=optimiser, steps=told.steps, accumulate=told.micro_batches, precision=precision,
-                    checkpoint_every=min(500, max(10, told.steps // 15)))
+    passes = scale.passes.get(condition.decoder, PassesPreset())
+    rows = passes.divided(told.batch_size, passes.pretraining) * passes.processes
+    fit = FitConfig(optimiser=optimiser, steps=told.steps, accumulate=told.batch_size // rows, precision=precision,
+                    checkpoint_every=min(500, max(10, told.steps // 15)), processes=passes.processes,
+                    recompute_activations=passes.recompute)
     config = PretrainConfig(
         mixture=mixture_of(scale, condition.mixture, seed), decoder=scale.decoders[condition.decoder],
         batch_size=told.batch_size, snapshots=told.snapshots, seed=seed, fit=fit)
@@ -194,26 +198,35 @@ def stop_of(condition: Condition) -> StopConfig:
     return StopConfig() if usual else StopConfig(uninformative_rollouts=None)
 
 # %% ../../nbs/study/05_conditions.ipynb #0b2ffbd9
+def policy_gradient(scale: Preset, condition: Condition, passes: PassesPreset, seed: int) -> OnPolicyConfig:
+    "GRPO, PPO or REINFORCE as a condition wants it at this scale."
+    told, name = scale.rl, condition.algorithm
+    sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
+                 train_batch=told.train_batch, max_new_tokens=scale.max_new_tokens, temperature=told.temperature,
+                 micro_batch=passes.divided(told.train_batch, passes.ppo if name == "ppo" else passes.grpo),
+                 learning_rate=told.learning_rate, precision=told.precision, processes=passes.processes,
+                 horizon=round(told.horizon * told.steps), verifier=told.verifier, seed=seed, stop=stop_of(condition))
+    if name == "ppo":
+        sizes["critic"] = CriticConfig(learning_rate=told.critic_learning_rate)
+    config = ALGORITHMS[name](told.steps, **sizes)
+    fit = config.fit.model_copy(update={"recompute_activations": passes.recompute})
+    return config.model_copy(update={"fit": fit})
+
+# %% ../../nbs/study/05_conditions.ipynb #c0de9a04
 def algorithm_of(scale: Preset, condition: Condition, seed: int) -> Algorithm:
     "The algorithm of a condition at this scale."
-    if condition.algorithm in ("grpo", "ppo"):
-        told = scale.rl
-        sizes = dict(kl_coefficient=condition.kl_coefficient, prompts=told.prompts, samples=told.samples,
-                     train_batch=told.train_batch, micro_batch=told.micro_batch, max_new_tokens=scale.max_new_tokens,
-                     temperature=told.temperature, learning_rate=told.learning_rate, precision=told.precision,
-                     horizon=round(told.horizon * told.steps), verifier=told.verifier, seed=seed,
-                     stop=stop_of(condition))
-        if condition.algorithm == "grpo":
-            return grpo_config(told.steps, **sizes)
-        return ppo_config(told.steps, critic=CriticConfig(learning_rate=told.critic_learning_rate), **sizes)
+    passes = scale.passes.get(condition.decoder, PassesPreset())
+    if condition.algorithm in TRAINED_BY["rl"]:
+        return policy_gradient(scale, condition, passes, seed)
     told = scale.control if condition.algorithm == "sft" else scale.expert_iteration
-    supervised = SupervisedConfig(epochs=told.epochs, batch=told.batch, micro_batch=told.batch,
-                                  learning_rate=told.learning_rate, precision=told.precision, seed=seed)
+    supervised = SupervisedConfig(epochs=told.epochs, batch=told.batch, processes=passes.processes, seed=seed,
+                                  micro_batch=passes.divided(told.batch, passes.supervised),
+                                  learning_rate=told.learning_rate, precision=told.precision)
     if condition.algorithm == "sft":
         return supervised
-    sampling = SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=1.0, top_p=0.95)
-    return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, sampling=sampling, supervised=supervised,
-                                 ending=told.ending, seed=seed)
+    tokens = told.max_new_tokens or scale.max_new_tokens
+    return ExpertIterationConfig(rounds=told.rounds, samples=told.samples, supervised=supervised, ending=told.ending,
+                                 sampling=SamplingConfig(max_new_tokens=tokens, temperature=1.0, top_p=0.95), seed=seed)
 
 # %% ../../nbs/study/05_conditions.ipynb #819f9e7c
 def start_step(condition: Condition, pretraining: PretrainConfig) -> int | None:
@@ -299,6 +312,14 @@ def runs_of(condition: Condition, preset: str, seed: int) -> list[Run]:
     evaluated = [evaluation_run(scale, condition, tuned, benchmark, seed) 
                  for benchmark in condition.benchmarks or scale.evaluation.benchmarks]
     return [start, *(parent for parent in tuned.parents if parent != start), tuned, *evaluated]
+
+# %% ../../nbs/study/05_conditions.ipynb #c0de9f02
+def token_shares(config: PretrainConfig) -> dict[str, float]:
+    "Share of the tokens that each source has of what a pretraining reads. Raises `StudyError` without its corpus."
+    if isinstance(config.mixture, MixtureConfig):
+        return config.mixture.shares
+    rows, _ = open_mixture(config.mixture, config.decoder.context)
+    return {source: int(count) / len(rows) for source, count in zip(rows.names, np.diff(rows.ends, prepend=0), strict=True)}
 
 # %% ../../nbs/study/05_conditions.ipynb #4ade1060
 START_UP = 1.0  # seconds until a forked notebook computes

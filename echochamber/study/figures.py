@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', 'TABLES', 'PICTURES', 'RECORDS', 'tuned', 'Figure',
-           'by_name', 'penalties', 'groups_of', 'errs', 'lengthened', 'in_background', 'grown', 'reaching',
-           'as_trained', 'foretold', 'figure_runs', 'table_file', 'asked_problems', 'described', 'evaluation_frame',
-           'training_frame', 'read_json', 'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of',
-           'labelled_runs', 'condition_tables', 'shipped_seeds', 'rests_on_more', 'collect', 'other_code',
-           'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file', 'verdict_file',
-           'publish', 'redraw']
+           'by_name', 'figures_at', 'conditions_at', 'penalties', 'groups_of', 'errs', 'lengthened', 'in_background',
+           'grown', 'reaching', 'as_released', 'as_trained', 'foretold', 'figure_runs', 'table_file', 'asked_problems',
+           'described', 'evaluation_frame', 'training_frame', 'read_json', 'machine_of', 'cost_frame', 'write_table',
+           'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'shipped_seeds', 'rests_on_more',
+           'collect', 'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder',
+           'picture_file', 'verdict_file', 'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
@@ -52,6 +52,8 @@ class Figure(StrictConfig):
     title: str = Field(description="the claim in one line")
     conditions: tuple[Condition, ...] = Field(min_length=1)
     needs: int | None = Field(None, description="how many of its first conditions are enough to draw it; None: all")
+    elsewhere: dict[str, tuple[Condition, ...] | str] = Field({}, description="by preset, where they differ: its "
+                                                              "conditions there, or why it is not there")
 
 
 def by_name(*figures: Figure) -> dict[str, Figure]:
@@ -64,9 +66,26 @@ FIGURES: dict[str, Figure] = by_name(
            conditions=(Condition(algorithm="ppo"), Condition())),
     Figure(name="algorithms", claim="C6",
            title="PPO, GRPO and Expert Iteration all amplify one format, the last one mildly",
-           conditions=tuple(map(tuned, ("ppo", "grpo", "expert_iteration", "sft")))),
+           conditions=tuple(map(tuned, ("ppo", "grpo", "expert_iteration", "sft"))),
+           elsewhere={"paper": tuple(Condition(algorithm=one) for one in ("ppo", "grpo", "expert_iteration"))}),
     Figure(name="precision", claim="P", title="the numbers do not depend on the precision of pretraining",
-           conditions=(Condition(), Condition(precision="bf16-mixed"))))
+           conditions=(Condition(), Condition(precision="bf16-mixed")),
+           elsewhere={"gpu": (Condition(precision="32-true"), Condition()),
+                      "paper": "all its models are pretrained in bfloat16, as the paper's are, and another pretraining "
+                               "in single precision would take longer than the rest of the study"}))
+
+# %% ../../nbs/study/06_figures.ipynb #c0de9e02
+def figures_at(preset: str) -> list[str]:
+    "Names of the figures that a preset has."
+    return [name for name, figure in FIGURES.items() if not isinstance(figure.elsewhere.get(preset), str)]
+
+
+def conditions_at(figure: Figure, preset: str) -> tuple[Condition, ...]:
+    "The conditions of a figure at a preset. Raises `StudyError` if it has none, with the reason and with what there is."
+    if isinstance(found := figure.elsewhere.get(preset, figure.conditions), str):
+        raise StudyError(f"{figure.name} is not at preset {preset}: {found}; what is there: "
+                         f"{', '.join(figures_at(preset))}")
+    return found
 
 # %% ../../nbs/study/06_figures.ipynb #1a1039d0
 def penalties(algorithm: str, *coefficients: float) -> tuple[Condition, ...]:
@@ -92,12 +111,15 @@ FIGURES |= by_name(
            conditions=(*penalties("grpo", 0.001, 0.01, 0.1, 0.3, 1.0), *penalties("ppo", 0.001, 0.01, 0.1, 1.0))),
     Figure(name="when", claim="W", title="the winner is decided in pretraining; whether pass@k expands too",
            conditions=(Condition(), *(Condition(start=start, supervised_first=first, checkpoints="ends")
-                                      for first in (False, True) for start in STARTS if start or first))),
+                                      for first in (False, True) for start in STARTS if start or first)),
+           elsewhere={"paper": "half of it begins by imitating worked solutions of the prompts, and real corpora have "
+                               "none"}),
     Figure(name="budget", claim="B", title="samples per prompt and steps buy accuracy, and hasten the collapse",
            conditions=(Condition(), *map(groups_of, (0.5, 2, 4)),
                        *(Condition(checkpoints="ends", changes=(("rl.steps", times),)) for times in ("x0.5", "x2")))),
     Figure(name="errors", claim="E", title="RL chooses better formats, and writes better within them",
-           conditions=(Condition(), Condition(algorithm="ppo"))),
+           conditions=(Condition(), Condition(algorithm="ppo")),
+           elsewhere={"paper": "an error is named by the true steps of a problem, and GSM8K does not tell them"}),
     Figure(name="entropy", claim="H", title="accuracy is bought with entropy, so a run's beginning tells its end",
            conditions=(*(Condition(algorithm=one) for one in ("ppo", "grpo")),
                        *(penalties(one, 1.0)[1] for one in ("ppo", "grpo")))),
@@ -124,13 +146,19 @@ FIGURES |= by_name(
            title="the format that wins need be neither the most frequent nor the most accurate",
            conditions=(Condition(), *dict.fromkeys(
                way for times in (1, 2, 4, 8)
-               for way in (Condition(mixture=f"tinygsm-omi1-{times}x", checkpoints="ends"), lengthened(times))))),
+               for way in (Condition(mixture=f"tinygsm-omi1-{times}x", checkpoints="ends"), lengthened(times)))),
+           elsewhere={"paper": (Condition(), *(Condition(mixture=f"tinygsm-omi1-{times}x", checkpoints="ends")
+                                               for times in (1, 2, 4, 8)))}),
     Figure(name="one_source", claim="C4", title="within one format RL sharpens style and accuracy too",
-           conditions=tuple(in_background(f"tinygsm-{times}x", 20.0) for times in (1, 2, 4, 8))),
+           conditions=tuple(in_background(f"tinygsm-{times}x", 20.0) for times in (1, 2, 4, 8)),
+           elsewhere={"paper": tuple(Condition(mixture=f"tinygsm-{times}x", checkpoints="ends")
+                                     for times in (1, 2, 4, 8))}),
     Figure(name="controls", claim="K", title="the winner follows the errors, and nothing wins where nothing is solved",
            conditions=(Condition(), *(Condition(mixture=name, checkpoints="ends")
                                       for name in ("no-errors", "roles-exchanged", "equal-accuracy")),
-                       in_background("no-solutions", 1.0))))
+                       in_background("no-solutions", 1.0)),
+           elsewhere={"paper": "its mixtures differ by errors that are given to the sources, and real corpora have "
+                               "their own"}))
 
 # %% ../../nbs/study/06_figures.ipynb #04daf165
 def grown(decoder: str, tokens: float = 1.0, rate: float = 1.0) -> Condition:
@@ -148,15 +176,29 @@ def reaching(*changes: tuple[str, Any]) -> tuple[Condition, Condition]:
 
 # %% ../../nbs/study/06_figures.ipynb #93bc3b8b
 ENDING, LONGER = ("expert_iteration.ending", " "), ("max_new_tokens", "x2")  # what the release does in Expert Iteration
+
+
+def as_released(bare: tuple[str, Any], short: tuple[str, Any]) -> tuple[Condition, ...]:
+    "The same where a preset does it as in the release, by the changes that take away its ending and its tokens."
+    iterations = (Condition(algorithm="expert_iteration", changes=changes)
+                  for changes in ((bare, short), (short,), (bare,), ()))
+    released = Condition(algorithm="ppo", checkpoints="ends", changes=(("grader", "released"),))
+    return (Condition(algorithm="ppo"), released, *iterations)
+
+
 FIGURES |= by_name(
     Figure(name="scale", claim="C5", title="small models end with programs, large ones with prose",
-           conditions=(*map(grown, ("x0.3", "x0.7", "default")), grown("x3", 1.5, 0.75), grown("x9", 2, 0.5))),
+           conditions=(*map(grown, ("x0.3", "x0.7", "default")), grown("x3", 1.5, 0.75), grown("x9", 2, 0.5)),
+           elsewhere={"paper": tuple(map(grown, ("default", "1B")))}),
     Figure(name="transfer", claim="C7", title="RL on easy problems helps on harder ones, as far as pretraining reached",
-           conditions=(*reaching(), *reaching(("prompt_operations", (1, 2))))),
+           conditions=(*reaching(), *reaching(("prompt_operations", (1, 2)))),
+           elsewhere={"paper": "it sorts problems by their operations, which real ones do not tell; `echochamber "
+                               "evaluate --benchmark math500` (or aime) asks a finished run of another figure"}),
     Figure(name="iteration", claim="I", title="the release's differences do not hold Expert Iteration back",
            conditions=(tuned("ppo"), tuned("ppo", ("grader", "released"), checkpoints="ends"),
                        *(tuned("expert_iteration", *changes)
-                         for changes in ((), (ENDING,), (LONGER,), (ENDING, LONGER))))))
+                         for changes in ((), (ENDING,), (LONGER,), (ENDING, LONGER)))),
+           elsewhere={"paper": as_released(("expert_iteration.ending", ""), ("expert_iteration.max_new_tokens", 1024))}))
 
 # %% ../../nbs/study/06_figures.ipynb #45ed4602
 def as_trained(condition: Condition) -> Condition:
@@ -165,11 +207,11 @@ def as_trained(condition: Condition) -> Condition:
     return condition.model_copy(update={"changes": tuple(changes), "benchmarks": (), "checkpoints": "all"})
 
 
-def foretold(figures: dict[str, Figure]) -> tuple[Condition, ...]:
-    """Conditions of these figures with several formats, whose shares are those of RL from the whole pretraining, graded
-    by our grader; of those that share their training the first."""
+def foretold(preset: str) -> tuple[Condition, ...]:
+    """Conditions of a preset's figures with several formats, whose shares are those of RL from the whole pretraining,
+    graded by our grader; of those that share their training the first."""
     kept: dict[Condition, Condition] = {}
-    for one in (one for figure in figures.values() for one in figure.conditions):
+    for one in (one for name in figures_at(preset) for one in conditions_at(FIGURES[name], preset)):
         if (one.algorithm != "sft" and one.precision == "default" and not (one.start or one.supervised_first)
                 and ("grader", "released") not in one.changes and len(GENERATED_MIXTURES[one.mixture]()) > 1):
             kept.setdefault(as_trained(one), one)
@@ -177,13 +219,14 @@ def foretold(figures: dict[str, Figure]) -> tuple[Condition, ...]:
 
 
 FIGURES |= by_name(Figure(name="theory", claim="C8", title="one law foretells the formats of every run",
-                          conditions=foretold(FIGURES), needs=2))
+                          conditions=foretold("laptop"), needs=2, elsewhere={"paper": foretold("paper")}))
 
 # %% ../../nbs/study/06_figures.ipynb #f9a6eec8
 def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list[Run]:
     "Every run behind a figure, each once, parents first; `seeds` are their number or themselves."
     seeds = range(seeds) if isinstance(seeds, int) else seeds
-    runs = (run for condition in figure.conditions for seed in seeds for run in runs_of(condition, preset, seed))
+    conditions = conditions_at(figure, preset)
+    runs = (run for condition in conditions for seed in seeds for run in runs_of(condition, preset, seed))
     return list({run.reference: run for run in runs}.values())
 
 # %% ../../nbs/study/06_figures.ipynb #4380bc4b
@@ -315,7 +358,7 @@ def collect(figure: Figure, preset: str, seeds: int) -> None:
     """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
 
     A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too."""
-    for condition in (one for one in figure.conditions if not rests_on_more(one, preset, seeds)):
+    for condition in (one for one in conditions_at(figure, preset) if not rests_on_more(one, preset, seeds)):
         for part, table in condition_tables(condition, preset, range(seeds)).items():
             write_table(table_file(condition, preset, part), table)
         runs = [run for run, _ in labelled_runs(condition, preset, range(seeds))]
@@ -325,7 +368,7 @@ def collect(figure: Figure, preset: str, seeds: int) -> None:
 # %% ../../nbs/study/06_figures.ipynb #c0ffee12
 def other_code(name: str, preset: str) -> list[str]:
     "A sentence if shipped results of a figure were computed by other code than this, with the command that mends it."
-    shipped = {one.name: shipped_seeds(one, preset) for one in FIGURES[name].conditions}
+    shipped = {one.name: shipped_seeds(one, preset) for one in conditions_at(FIGURES[name], preset)}
     if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
         return []
     return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
@@ -346,7 +389,8 @@ class FigureConfig(StrictConfig):
 # %% ../../nbs/study/06_figures.ipynb #12d7eb05
 def table_hashes(figure: Figure, preset: str) -> dict[str, str]:
     "Content hash of every shipped table of a figure; empty if a condition that it `needs` has no evaluations."
-    files = [table_file(condition, preset, part) for condition in figure.conditions for part in TABLES]
+    conditions = conditions_at(figure, preset)
+    files = [table_file(condition, preset, part) for condition in conditions for part in TABLES]
     enough = all(file.exists() for file in files[:: len(TABLES)][: figure.needs])
     return {file.name: content_hash(file) for file in files if file.exists()} if enough else {}
 
@@ -360,8 +404,9 @@ def figure_run(figure: Figure, preset: str, seeds: Sequence[int] = ()) -> Run:
         raise StudyError(f"{figure.name}: not all its conditions have results at preset {preset}; "
                          f"`echochamber reproduce {figure.name} --preset {preset}` computes them")
     parents = tuple(run for run in figure_runs(figure, preset, seeds) if run.stage == "evaluate")
-    fields = figure.model_dump(exclude={"name", "needs"}) | {"figure": figure.name, "preset": preset}
-    config = FigureConfig(**fields, shipped=shipped, seeds=seeds, evaluations=[run.reference for run in parents])
+    config = FigureConfig(figure=figure.name, claim=figure.claim, title=figure.title, preset=preset, shipped=shipped,
+                          conditions=conditions_at(figure, preset), seeds=seeds,
+                          evaluations=[run.reference for run in parents])
     return Run("figure", f"{figure.name}-{preset}", config, parents)
 
 # %% ../../nbs/study/06_figures.ipynb #f0df1bb3
@@ -417,7 +462,7 @@ def redraw(preset: str = "laptop", names: Sequence[str] | None = None) -> dict[s
 
     Raises `StudyError` if one fails, or no results of the preset are shipped."""
     find_preset(preset)
-    if not (names := names or [name for name, one in FIGURES.items() if table_hashes(one, preset)]):
+    if not (names := names or [name for name in figures_at(preset) if table_hashes(FIGURES[name], preset)]):
         raise StudyError(f"no results of preset {preset} are shipped; `echochamber reproduce --preset {preset}` makes "
                          "figures of your own")
     drawings = [figure_run(FIGURES[name], preset) for name in names]

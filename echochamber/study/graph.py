@@ -6,7 +6,8 @@
 __all__ = ['LOST_JOBS', 'plan', 'set_aside', 'check', 'log_time', 'Job', 'missing_jobs', 'share_cores', 'visible_gpus',
            'default_workers', 'gpus_of', 'place', 'dask_client', 'slurm_cluster', 'submit_jobs', 'listed_jobs',
            'ended_jobs', 'SlurmJobs', 'tell_of_queue', 'renew', 'clock', 'share_done', 'how_far', 'Display', 'refresh',
-           'line_of', 'failure_sentence', 'raise_failures', 'submit', 'run_jobs', 'ready_jobs', 'look_after', 'execute']
+           'line_of', 'failure_sentence', 'raise_failures', 'submit', 'run_jobs', 'require_means', 'ready_jobs',
+           'look_after', 'execute']
 
 # %% ../../nbs/study/08_graph.ipynb #840b82b0
 import contextlib
@@ -23,6 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -415,6 +417,13 @@ def run_jobs(jobs: Sequence[Job], client, gpus: Sequence[str] = (), threads: dic
     finally:
         client.cancel([job.future for job in jobs if job.future is not None], force=True)
 
+# %% ../../nbs/study/08_graph.ipynb #c0de9d02
+def require_means(runs: Sequence[Run], gpus: Sequence[str], local: bool) -> None:
+    "Raises `StudyError` if runs of the study's stages need memory, disk or corpora that they would not find."
+    if stages := [run for run in runs if run.stage in ("pretrain", "finetune", "evaluate")]:
+        from echochamber.study.requirements import require_requirements
+        require_requirements(stages, gpus, local)
+
 # %% ../../nbs/study/08_graph.ipynb #e2c3e001
 def ready_jobs(status: dict[Job, str]) -> int:
     "How many jobs are computed or could be, their parents being done."
@@ -434,7 +443,8 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
             console: Console | None = None) -> int:
     """Compute what is missing of these runs and of what they build on; the number of jobs it took.
 
-    Raises `StudyError` if a finished run is damaged, or at the end all failures as one."""
+    Raises `StudyError` if a finished run is damaged, if the runs need what they would not find, or at the end all
+    failures as one."""
     said = check(runs := plan(runs), redo)
     jobs = missing_jobs(runs, expected)
     if not jobs:
@@ -442,16 +452,17 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     require_outputs()
     workers, local = workers or default_workers(), not (scheduler or slurm)
     display = Display(jobs, workers, console or Console())
+    tell = partial(display.console.print, highlight=False, markup=False, soft_wrap=True)
     for sentence in said:
-        display.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        tell(sentence)
     threads, gpus = (share_cores(runs, workers, cores()), visible_gpus()) if local else ({}, [])
+    require_means([job.run for job in jobs], gpus, local)
     forks = local and not gpus and len(jobs) > 1 and sys.platform == "linux"
     born = kernel_environment(threads=1) | {"PYTHONPATH": module_path()}
     server = fork_server(born, {job.run.notebook for job in jobs}) if forks else contextlib.nullcontext()
     with server, dask_client(workers, scheduler, slurm) as client, display.bars:
         if not local and not client.scheduler_info()["workers"]:
-            display.console.print("No worker has come yet; the runs start when one does.", highlight=False)
-        tell = lambda line: display.console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+            tell("No worker has come yet; the runs start when one does.")
         submitted = SlurmJobs(client.cluster, workers, tell) if slurm else None
         run_jobs(jobs, client, gpus, threads, lambda: look_after(display, submitted))
     return len(jobs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Precision', 'SYSTEMATIC', 'GENERATED_MIXTURES', 'SMOKE', 'LAPTOP', 'GPU', 'WEB', 'PAPER_MIXTURES', 'PAPER', 'PRESETS',
            'PretrainingPreset', 'EvaluationPreset', 'RLPreset', 'SupervisedPreset', 'ExpertIterationPreset',
-           'CorpusPreset', 'Preset', 'mixture', 'sizes', 'paper_mixture', 'find_preset']
+           'PassesPreset', 'CorpusPreset', 'Preset', 'mixture', 'sizes', 'paper_mixture', 'find_preset']
 
 # %% ../../nbs/study/04_presets.ipynb #00b36c85
 from collections.abc import Callable
@@ -32,7 +32,6 @@ class PretrainingPreset(StrictConfig):
     steps: int = Field(gt=0, description="[optimiser steps]")
     learning_rate: float = Field(gt=0, description="peak")
     warmup: int = Field(gt=0, description="linear warm-up [optimiser steps]")
-    micro_batches: int = Field(1, gt=0, description="passes per step, over which its rows are divided")
     tokens: int | None = Field(gt=0, description="budget of the corpus [tokens]; fewer than are read means several "
                                                  "epochs; None, for a prepared corpus: all of its sources")
     background: float = Field(0.0, ge=0, description="weight of generated background text in the mixture")
@@ -55,7 +54,6 @@ class RLPreset(StrictConfig):
     prompts: int = Field(gt=0, description="B, prompts per rollout batch")
     samples: int = Field(gt=0, description="G, samples per prompt")
     train_batch: int = Field(gt=0, description="rollouts per optimiser step")
-    micro_batch: int | None = Field(None, gt=0, description="rollouts per forward pass; None: all of a step")
     steps: int = Field(gt=0, description="[optimiser steps]")
     learning_rate: float = Field(gt=0, description="peak")
     horizon: float = Field(1.0, ge=1, description="where the cosine of the learning rate ends, in lengths of the run")
@@ -85,7 +83,22 @@ class ExpertIterationPreset(SupervisedPreset):
     "Expert Iteration at one scale."
     rounds: int = Field(gt=0, description="times that the base is fine-tuned on fresh samples")
     samples: int = Field(gt=0, description="completions per question and round")
+    max_new_tokens: int | None = Field(None, gt=0, description="longest sample [tokens]; None: the preset's")
     ending: str = Field("", description="text after what is imitated, before the end token; a space in the release")
+
+# %% ../../nbs/study/04_presets.ipynb #c0de9a02
+class PassesPreset(StrictConfig):
+    "How the steps of one size of model are divided, so that they fit the memory of a GPU."
+    pretraining: int | None = Field(None, gt=0, description="rows per pass of a process; None: all of a step")
+    grpo: int | None = Field(None, gt=0, description="rollouts per pass, of GRPO and whatever has no critic")
+    ppo: int | None = Field(None, gt=0, description="rollouts per pass, with the critic beside the policy")
+    supervised: int | None = Field(None, gt=0, description="examples per pass, of Expert Iteration and the control")
+    recompute: bool = Field(False, description="keep only the blocks' inputs, in pretraining and RL: a third more work")
+    processes: int = Field(1, gt=0, description="data-parallel processes, one per GPU, of every training")
+
+    def divided(self, whole: int, rows: int | None) -> int:
+        "Rows per pass of a process, where a step has so many in the `whole` and a pass shall have `rows`."
+        return rows or max(1, whole // self.processes)
 
 # %% ../../nbs/study/04_presets.ipynb #0c9c34cc
 class CorpusPreset(StrictConfig):
@@ -105,6 +118,7 @@ class Preset(StrictConfig):
     grader: Literal["study", "released"] = Field("study", description="who rewards; evaluation always asks the study's")
     max_new_tokens: int = Field(gt=0, description="longest completion, in training and evaluation [tokens]")
     decoders: dict[str, DecoderConfig] = Field(description="sizes of the model; `default` is the one of most figures")
+    passes: dict[str, PassesPreset] = Field({}, description="how the steps of a size are divided; others are not")
     pretraining: PretrainingPreset
     rl: RLPreset
     expert_iteration: ExpertIterationPreset
@@ -213,6 +227,7 @@ def paper_mixture(**repeats: int) -> tuple[PreparedSource, ...]:
 PAPER_MIXTURES = {
     "three-formats": paper_mixture(tinygsm=1, omi1=1, omi2=1), "no-solutions": paper_mixture(),
     "tinygsm-omi2": paper_mixture(tinygsm=1, omi2=1), "omi2-metamath": paper_mixture(omi2=1, metamath=1),
+    "omi1": paper_mixture(omi1=1), "tinygsm-only": (PreparedSource(name="tinygsm"),),
     **{f"tinygsm-{times}x": paper_mixture(tinygsm=times) for times in (1, 2, 4, 8)},
     **{f"tinygsm-omi1-{times}x": paper_mixture(tinygsm=1, omi1=times) for times in (1, 2, 4, 8)}}
 
@@ -222,12 +237,14 @@ PAPER = Preset(
     max_new_tokens=1024, corpus={"folder": "paper", "mixtures": PAPER_MIXTURES},
     decoders={name: DECODERS[size].model_copy(update={"end_token": 2})  # `</s>` of the Llama-2 tokenizer
               for name, size in {"default": "150M", "1B": "1B"}.items()},
-    pretraining={"batch_size": 512, "micro_batches": 32, "steps": 56_000, "learning_rate": 1e-3, "warmup": 5000,
-                 "tokens": None, "snapshots": (14_000, 28_000, 42_000), "precision": "bf16-mixed"},
-    rl={"prompts": 64, "samples": 8, "train_batch": 64, "steps": 9336, "learning_rate": 1e-6,
+    passes={"default": {"pretraining": 16, "grpo": 32, "ppo": 32, "supervised": 32},
+            "1B": {"pretraining": 8, "grpo": 8, "ppo": 4, "supervised": 8, "processes": 8}},
+    pretraining={"batch_size": 512, "steps": 56_000, "learning_rate": 1e-3, "warmup": 5000, "tokens": None,
+                 "snapshots": (14_000, 28_000, 42_000), "precision": "bf16-mixed"},
+    rl={"prompts": 64, "samples": 8, "train_batch": 64, "steps": 9344, "learning_rate": 1e-6,
         "critic_learning_rate": 7e-6, "temperature": 0.7, "precision": "bf16-mixed"},
-    expert_iteration={"rounds": 3, "samples": 64, "epochs": 2, "batch": 256, "learning_rate": 1e-4,
-                      "precision": "bf16-mixed"},
+    expert_iteration={"rounds": 3, "samples": 64, "max_new_tokens": 2048, "ending": " ", "epochs": 2, "batch": 256,
+                      "learning_rate": 1e-4, "precision": "bf16-mixed"},
     control={"epochs": 2, "batch": 256, "learning_rate": 1e-4, "precision": "bf16-mixed"},
     evaluation={"questions": None, "samples": 64, "benchmarks": ("gsm8k",)},
     seconds={"pretrain": 157_000, "grpo": 8000, "ppo": 12_000, "expert_iteration": 12_000, "sft": 1000,

@@ -30,7 +30,7 @@ from ..core import StrictConfig, StudyError, describe_validation_error, outputs_
 from ..data.problems import FAMILIES
 from ..plots import FORMAT_STYLE, counted
 from .conditions import Condition, mixture_of
-from .figures import FIGURES, Figure, picture_file, table_file, verdict_file
+from .figures import FIGURES, Figure, conditions_at, picture_file, table_file, verdict_file
 from .fingerprint import notebooks_folder
 from .presets import find_preset
 from .reading import ANSWERS
@@ -132,7 +132,7 @@ def evidence(figure: Figure, preset: str) -> pd.DataFrame:
 
     Raises `StudyError` as `read_shipped` does."""
     rows = []
-    for condition in figure.conditions:
+    for condition in conditions_at(figure, preset):
         files = table_file(condition, preset).with_suffix(".json"), table_file(condition, preset, "_costs")
         if not any(file.exists() for file in files):
             continue
@@ -152,7 +152,7 @@ def measured_runs(names: Sequence[str], preset: str) -> pd.DataFrame:
     Raises `StudyError` as `read_shipped` does."""
     found = [pd.DataFrame(columns=[*COSTS, "figure"]).astype({"seconds": float, "tokens": float})]
     for name in names:
-        files = [table_file(condition, preset, "_costs") for condition in FIGURES[name].conditions]
+        files = [table_file(condition, preset, "_costs") for condition in conditions_at(FIGURES[name], preset)]
         found += [read_shipped(file, read_costs, FIGURES[name], preset).assign(figure=name)
                   for file in files if file.exists()]
     runs = pd.concat(found[1:] or found, ignore_index=True).drop_duplicates(["figure", "reference"])
