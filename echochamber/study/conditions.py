@@ -54,7 +54,8 @@ class Condition(StrictConfig):
     start: float | None = Field(None, gt=0, lt=1, description="share of pretraining after which fine-tuning starts, a "
                                                               "snapshot; None: its end")
     supervised_first: bool = Field(False, description="imitate worked solutions of the prompts before RL")
-    algorithm: Literal["grpo", "ppo", "reinforce", "expert_iteration", "sft"] = Field("grpo", description="of fine-tuning")
+    algorithm: Literal["grpo", "ppo", "reinforce", "expert_iteration", "sft"] = Field(
+        "grpo", description="of fine-tuning")
     kl_coefficient: float = Field(0.0, ge=0, description="β of the penalty towards the pretrained model")
     checkpoints: Literal["all", "ends"] = Field("all", description="snapshots that are evaluated")
     benchmarks: tuple[str, ...] = Field((), description="what its models are evaluated on; empty: the preset's")
@@ -74,7 +75,7 @@ def check_condition(condition: Condition) -> None:
         raise ValueError(f"mixture `{condition.mixture}` is unknown; choose one of {', '.join(known)}")
     if unknown := [name for name in condition.benchmarks if name not in BENCHMARKS]:
         raise ValueError(f"benchmark `{unknown[0]}` is unknown; choose from {', '.join(BENCHMARKS)}")
-    if (algorithm := condition.algorithm) not in TRAINED_BY["rl"]:
+    if (algorithm := condition.algorithm) in ("expert_iteration", "sft"):
         if condition.kl_coefficient:
             raise ValueError(f"a KL coefficient is for grpo and ppo, {algorithm} has no such penalty; leave it 0")
         if condition.supervised_first:
@@ -319,7 +320,8 @@ def token_shares(config: PretrainConfig) -> dict[str, float]:
     if isinstance(config.mixture, MixtureConfig):
         return config.mixture.shares
     rows, _ = open_mixture(config.mixture, config.decoder.context)
-    return {source: int(count) / len(rows) for source, count in zip(rows.names, np.diff(rows.ends, prepend=0), strict=True)}
+    counts = np.diff(rows.ends, prepend=0) / len(rows)
+    return dict(zip(rows.names, counts.tolist(), strict=True))
 
 # %% ../../nbs/study/05_conditions.ipynb #c057b001
 QUESTIONS = {"gsm8k": 1319, "gsm1k": 1205, "math500": 500, "aime": 90, "aime24": 30}  # asked if all of them are

@@ -60,7 +60,7 @@ def by_name(*figures: Figure) -> dict[str, Figure]:
     "Figures by their names."
     return {figure.name: figure for figure in figures}
 
-
+# %% ../../nbs/study/06_figures.ipynb #c0de9e04
 FIGURES: dict[str, Figure] = by_name(
     Figure(name="convergence", claim="C1", title="RL moves the outputs of a model with three formats to one of them",
            conditions=(Condition(algorithm="ppo"), Condition())),
@@ -81,7 +81,7 @@ def figures_at(preset: str) -> list[str]:
 
 
 def conditions_at(figure: Figure, preset: str) -> tuple[Condition, ...]:
-    "The conditions of a figure at a preset. Raises `StudyError` if it has none, with the reason and with what there is."
+    "The conditions of a figure at a preset. Raises `StudyError` if it has none, saying why and what is there."
     if isinstance(found := figure.elsewhere.get(preset, figure.conditions), str):
         raise StudyError(f"{figure.name} is not at preset {preset}: {found}; what is there: "
                          f"{', '.join(figures_at(preset))}")
