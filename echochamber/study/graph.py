@@ -446,8 +446,7 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     Raises `StudyError` if a finished run is damaged, if the runs need what they would not find, or at the end all
     failures as one."""
     said = check(runs := plan(runs), redo)
-    jobs = missing_jobs(runs, expected)
-    if not jobs:
+    if not (jobs := missing_jobs(runs, expected)):
         return 0
     require_outputs()
     workers, local = workers or default_workers(), not (scheduler or slurm)
@@ -463,6 +462,6 @@ def execute(runs: Sequence[Run], expected: Callable[[Run], float] = lambda run: 
     with server, dask_client(workers, scheduler, slurm) as client, display.bars:
         if not local and not client.scheduler_info()["workers"]:
             tell("No worker has come yet; the runs start when one does.")
-        submitted = SlurmJobs(client.cluster, workers, tell) if slurm else None
-        run_jobs(jobs, client, gpus, threads, lambda: look_after(display, submitted))
+        refreshed = partial(look_after, display, SlurmJobs(client.cluster, workers, tell) if slurm else None)
+        run_jobs(jobs, client, gpus, threads, refreshed)
     return len(jobs)

@@ -89,7 +89,9 @@ PRICE = 2.5  # US dollars per hour of a GPU
 
 
 def costs_of(runs: Sequence[Run], preset: str, price: float = PRICE) -> dict[str, float]:
-    "What runs cost: `hours` (of GPUs), `tokens`, `gigabytes` of models and of `corpus`, its `download`, `core_hours`, $."
+    """What runs cost: `hours` of GPUs, `tokens` of pretraining, `gigabytes` of models, and `dollars`.
+
+    Of a prepared corpus: `corpus` on the disk and `download` [GB], `core_hours` of preparation."""
     read = [run.config for run in runs if isinstance(run.config, PretrainConfig)]
     hours = sum(expected_seconds(run, preset) * getattr(run.config, "processes", 1) for run in runs) / 3600
     prepared = (one.mixture.sources for one in read if isinstance(one.mixture, PreparedMixtureConfig))
