@@ -149,18 +149,6 @@ def question_line(evaluation: Run) -> str:
     verb = "draws" if config.benchmark == "mini-gsm" else "goes beyond"
     return f"{config.benchmark} {verb} {whose}: {fewest} to {most} operations, amounts {least} to {largest}"
 
-# %% ../../nbs/study/09_checkpoint_evaluation.ipynb #e1c10011
-def question_line(evaluation: Run) -> str:
-    "What the generator is asked for, in a line; empty where the questions come from a file."
-    config = evaluation.config
-    if config.benchmark not in MINI or config.data:
-        return ""
-    run = run_folder(Path(config.model))
-    whose = "the generator's default problems" if trained_problems(run) is None else f"the problems of {run.name}"
-    (fewest, most), (least, largest) = config.problems.operations, config.problems.operands
-    verb = "draws" if config.benchmark == "mini-gsm" else "goes beyond"
-    return f"{config.benchmark} {verb} {whose}: {fewest} to {most} operations, amounts {least} to {largest}"
-
 # %% ../../nbs/study/09_checkpoint_evaluation.ipynb #75921ab2
 def evaluate_checkpoint(folder: str | Path, benchmark: str, data: Path | None = None, console: Console | None = None,
                         **options) -> pd.DataFrame:

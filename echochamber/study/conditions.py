@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ..core import StrictConfig, StudyError
-from ..data.benchmarks import BENCHMARKS
+from ..data.benchmarks import BENCHMARKS, local_file
 from ..data.corpora import MixtureConfig, SourceConfig, count_tokens, question_solution_pairs
 from ..data.formats import join_document
 from ..data.problems import ProblemConfig
@@ -295,9 +295,11 @@ def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: 
     "Evaluation of a fine-tuning run on one benchmark; the questions are the same for every seed."
     told, steps = scale.evaluation, parent.config.snapshot_steps
     operations = {"operations": told.operations} if told.operations else {}
+    file = local_file(benchmark)  # what the environment names for it is part of the run's name
     config = EvaluateConfig(
         model=parent.reference, steps=(steps[0], steps[-1]) if condition.checkpoints == "ends" else steps,
-        benchmark=benchmark, problems=ProblemConfig.parse(scale.problems.model_dump() | operations, where="condition"),
+        benchmark=benchmark, data=str(file) if file else None,
+        problems=ProblemConfig.parse(scale.problems.model_dump() | operations, where="condition"),
         questions=told.questions, samples=told.samples, seed=seed,
         sampling=SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=told.temperature, top_p=told.top_p))
     name = [parent.name, benchmark, *named_changes(condition, ("evaluate",))]

@@ -210,7 +210,9 @@ def as_trained(condition: Condition) -> Condition:
 
 def foretold(preset: str) -> tuple[Condition, ...]:
     """Conditions of a preset's figures with several formats, whose shares are those of RL from the whole pretraining,
-    graded by our grader; of those that share their training the first."""
+    graded by our grader; of those that share their training the first.
+
+    Raises `StudyError` for a preset that has a figure without conditions."""
     kept: dict[Condition, Condition] = {}
     for one in (one for name in figures_at(preset) for one in conditions_at(FIGURES[name], preset)):
         if (one.algorithm != "sft" and one.precision == "default" and not (one.start or one.supervised_first)
@@ -224,7 +226,9 @@ FIGURES |= by_name(Figure(name="theory", claim="C8", title="one law foretells th
 
 # %% ../../nbs/study/06_figures.ipynb #f9a6eec8
 def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list[Run]:
-    "Every run behind a figure, each once, parents first; `seeds` are their number or themselves."
+    """Every run behind a figure, each once, parents first; `seeds` are their number or themselves.
+
+    Raises `StudyError` if the preset does not have the figure."""
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     conditions = conditions_at(figure, preset)
     runs = (run for condition in conditions for seed in seeds for run in runs_of(condition, preset, seed))
@@ -373,7 +377,9 @@ def collect(figure: Figure, preset: str, seeds: int) -> None:
 
 # %% ../../nbs/study/06_figures.ipynb #c0ffee12
 def other_code(name: str, preset: str) -> list[str]:
-    "A sentence if shipped results of a figure were computed by other code than this, with the command that mends it."
+    """A sentence if shipped results of a figure were computed by other code than this, with the command that mends it.
+
+    Raises `StudyError` if the preset does not have the figure."""
     shipped = {one.name: shipped_seeds(one, preset) for one in conditions_at(FIGURES[name], preset)}
     if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
         return []
@@ -394,7 +400,9 @@ class FigureConfig(StrictConfig):
 
 # %% ../../nbs/study/06_figures.ipynb #12d7eb05
 def table_hashes(figure: Figure, preset: str) -> dict[str, str]:
-    "Content hash of every shipped table of a figure; empty if a condition that it `needs` has no evaluations."
+    """Content hash of every shipped table of a figure; empty if a condition that it `needs` has no evaluations.
+
+    Raises `StudyError` if the preset does not have the figure."""
     conditions = conditions_at(figure, preset)
     files = [table_file(condition, preset, part) for condition in conditions for part in TABLES]
     enough = all(file.exists() for file in files[:: len(TABLES)][: figure.needs])

@@ -66,7 +66,9 @@ def benchmark_rows(name: str, mirror: str | None = None, client=None) -> list[di
 
 def benchmark_file(name: str, mirror: str | None = None, client=None) -> Path:
     """The file of a real benchmark: the one that the environment names, or else a copy of the mirror's or the Hub's in
-    `outputs/benchmarks`, named by its content."""
+    `outputs/benchmarks`, named by its content.
+
+    Raises `StudyError` if neither has it."""
     if named := local_file(name):
         return named
     text = "".join(json.dumps(row) + "\n" for row in benchmark_rows(name, mirror, client))

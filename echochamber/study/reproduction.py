@@ -103,13 +103,15 @@ def costs_of(runs: Sequence[Run], preset: str, price: float = PRICE) -> dict[str
 
 
 def figure_costs(preset: str, seeds: int = 1, price: float = PRICE) -> pd.DataFrame:
-    "A row per figure of what a preset costs, as in `costs_of`."
+    "A row per figure of what a preset costs, as in `costs_of`. Raises `StudyError` for an unknown preset."
     return pd.DataFrame([{"figure": figure.name} | costs_of(runs_of_figures([figure], preset, seeds), preset, price)
                          for figure in choose_figures(["all"], preset)])
 
 # %% ../../nbs/study/11_reproduction.ipynb #c057c004
 def cost_table(preset: str, seeds: int = 1, price: float = PRICE) -> pd.DataFrame:
-    "What each figure of a preset costs, and all together, in words; its index is `figure`."
+    """What each figure of a preset costs, and all together, in words; its index is `figure`.
+
+    Raises `StudyError` for an unknown preset."""
     chosen = choose_figures(["all"], preset)
     everything = {"figure": "all"} | costs_of(runs_of_figures(chosen, preset, seeds), preset, price)
     costs = pd.concat([figure_costs(preset, seeds, price), pd.DataFrame([everything])]).set_index("figure")

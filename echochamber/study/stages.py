@@ -193,6 +193,7 @@ class EvaluateVllmConfig(EvaluateConfig):
 
     @model_validator(mode="after")
     def one_checkpoint(self):
+        "Refuse `steps`: they name checkpoints of a run."
         if self.steps:
             raise ValueError("vLLM measures one checkpoint; let `model` be its folder, and leave `steps` out")
         return self
