@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'TRAINED_BY', 'QUESTIONS', 'START_UP', 'known_mixtures', 
            'named_changes', 'condition_name', 'condition_labels', 'changed_value', 'changed_preset',
            'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'policy_gradient', 'algorithm_of',
            'start_step', 'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run',
-           'runs_of', 'token_shares', 'work_of', 'expected_seconds']
+           'runs_of', 'token_shares', 'work_of', 'usual_work', 'expected_seconds']
 
 # %% ../../nbs/study/05_conditions.ipynb #f3f17d66
 import re
@@ -352,6 +352,14 @@ def work_of(run: Run) -> float:
     return 1.0
 
 # %% ../../nbs/study/05_conditions.ipynb #81aca634
+@lru_cache
+def usual_work(stage: str, algorithm: str, preset: str, content: str) -> float:
+    """The work of the run of a stage whose duration a preset states; `content` is all that the preset holds.
+
+    Raises `StudyError` for an unknown preset."""
+    return work_of(next(run for run in runs_of(Condition(algorithm=algorithm), preset, 0) if run.stage == stage))
+
+
 def expected_seconds(run: Run, preset: str) -> float:
     """Rough duration of a run on the preset's machine, for estimates before anything has been measured [seconds].
 
@@ -360,8 +368,8 @@ def expected_seconds(run: Run, preset: str) -> float:
     if run.stage not in STAGES or (run.stage != "pretrain" and not run.parents):  # a figure, or a config of one's own
         return seconds.get(run.stage, 60.0)
     algorithm = run.config.algorithm.algorithm if run.stage == "finetune" else "grpo"
-    usual = runs_of(Condition(algorithm=algorithm if algorithm in seconds else "grpo"), preset, 0)
-    usual = next(other for other in usual if other.stage == run.stage)
-    measured = seconds[usual.config.algorithm.algorithm if run.stage == "finetune" else run.stage]
-    alone = max(0.0, measured - START_UP) * work_of(run) / work_of(usual)
+    algorithm = algorithm if algorithm in seconds else "grpo"
+    usual = usual_work(run.stage, algorithm, preset, find_preset(preset).model_dump_json())
+    measured = seconds[algorithm if run.stage == "finetune" else run.stage]
+    alone = max(0.0, measured - START_UP) * work_of(run) / usual
     return START_UP + alone / getattr(run.config, "processes", 1)
