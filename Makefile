@@ -3,7 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export PYTHONUNBUFFERED := 1
+unexport PYTHONDONTWRITEBYTECODE  # containers set it, and every process would compile its thousands of modules again
 export TOKENIZERS_PARALLELISM := false
+
+# pip would compile thirty thousand modules; these are the ones that commands and notebooks import.
+define COMPILE_ALL_IN_USE
+from echochamber.study import cli, fork_server, reproduction, report
+from echochamber.study.fingerprint import notebooks_folder
+fork_server.import_for(sorted(notebooks_folder().glob('*/*.ipynb')))
+endef
+export COMPILE_ALL_IN_USE
 
 .PHONY: help reproduce figures test sessions fuzz gpu lint sync notebooks unit lab readme export clean
 
@@ -27,6 +36,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Echo Chamber" > /dev/null
+	@PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/python -c "$$COMPILE_ALL_IN_USE"
 	@touch $(READY)
 
 reproduce: $(READY)

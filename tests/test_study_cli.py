@@ -418,6 +418,7 @@ main(["grade", "--help"])
     assert finished.returncode == 0 and "Example" in finished.stdout and finished.stdout.rstrip().endswith("[]")
 
 
+@pytest.mark.sessions
 def test_a_reader_that_has_seen_enough_hears_no_complaint():
     command = [Path(sys.executable).with_name("echochamber"), "study"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project_root()) as listing:

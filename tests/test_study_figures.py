@@ -141,6 +141,7 @@ with figure_folder(name, config, by_hand) as folder:
 """
 
 
+@pytest.mark.sessions
 def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
     "Five lines and a notebook of ten; drawn from prepared tables, with the reader's own seed."
     monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path / "outputs"))

@@ -13,6 +13,8 @@ from echochamber.core import StrictConfig, refused
 from echochamber.study.graph import execute, plan
 from echochamber.study.runs import Run
 
+pytestmark = pytest.mark.sessions
+
 NOTEBOOK = """
 import os, time
 from pathlib import Path

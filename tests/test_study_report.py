@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from echochamber.core import outputs_folder, project_root, refused
 from echochamber.study.cli import main
 from echochamber.study.figures import FIGURES, picture_file, table_file, verdict_file
-from echochamber.study.report import COLOURS, PREDICTED, notebooks_in, report, short_name, verdicts, write_report
+from echochamber.study.report import COLOURS, PREDICTED, notebooks_in, report_page, short_name, verdicts, write_report
 
 REPORT = project_root() / "outputs/report.html"
 
@@ -24,7 +24,7 @@ def soup() -> BeautifulSoup:
 
 
 def test_it_is_what_is_written_from_what_is_committed():
-    assert report() == REPORT.read_text(encoding="utf-8"), "run `echochamber report` after `make figures`"
+    assert report_page() == REPORT.read_text(encoding="utf-8"), "run `echochamber report` after `make figures`"
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -124,7 +124,7 @@ def test_partial_results_make_a_report(one_figure):
 def test_texts_are_no_markup(one_figure):
     file = verdict_file("errors", "laptop", ship=True)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"finding": "a <b>bold</b> claim & more"}))
-    assert "A &lt;b&gt;bold&lt;/b&gt; claim &amp; more." in report()
+    assert "A &lt;b&gt;bold&lt;/b&gt; claim &amp; more." in report_page()
 
 
 @pytest.mark.parametrize(("broken", "text", "sentence"), [
@@ -149,7 +149,7 @@ def test_a_damaged_table_is_named_with_its_mend(one_figure, ending, damage):
     for whole in (REPORT.parent / "results/laptop").glob("grpo[._]*"):
         if whole.name in ("grpo.json", "grpo_costs.parquet"):
             shutil.copy(whole, one_figure / "results/laptop")
-    assert "Where the tables of E errors come from" in report()
+    assert "Where the tables of E errors come from" in report_page()
     file = one_figure / f"results/laptop/grpo{ending}"
     file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
     said = refused(write_report)
@@ -160,7 +160,7 @@ def test_a_damaged_table_is_named_with_its_mend(one_figure, ending, damage):
 def test_an_incomplete_verdict_is_named_with_its_mend(one_figure):
     file = verdict_file("errors", "laptop", ship=True)
     file.write_text('{"claim": "E"}')
-    assert "does not tell finding, own" in (said := refused(report)) and "`echochamber figures errors --preset laptop`" in said
+    assert "does not tell finding, own" in (said := refused(report_page)) and "`echochamber figures errors --preset laptop`" in said
 
 
 def test_a_place_that_cannot_be_written_gets_one_sentence(one_figure, capfd):

@@ -176,6 +176,7 @@ def compiler() -> str:
         pytest.skip("there is no C++ compiler (g++), which `compiled` needs")
 
 
+@pytest.mark.sessions
 def test_compiled_pretraining_learns_the_same_and_continues_bit_by_bit(compiler, tmp_path):
     """Two correct programs round differently and drift apart, by how much depends on the processor. So the first steps have to
     agree closely, and the end in what was learnt."""

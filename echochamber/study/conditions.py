@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'TRAINED_BY', 'QUESTIONS', 'START_UP', 'known_mixtures', 'Condition', 'check_condition', 'section_stage',
            'named_changes', 'condition_name', 'condition_labels', 'changed_value', 'changed_preset',
-           'without_idle_changes', 'mixture_of', 'pretraining_run', 'stop_of', 'policy_gradient', 'algorithm_of',
-           'start_step', 'finetuning_name', 'in_documents', 'finetuning_run', 'after_supervised', 'evaluation_run',
-           'runs_of', 'token_shares', 'work_of', 'usual_work', 'expected_seconds']
+           'without_idle_changes', 'generated_sources', 'mixture_of', 'pretraining_run', 'stop_of', 'policy_gradient',
+           'algorithm_of', 'start_step', 'finetuning_name', 'in_documents', 'with_operations', 'finetuning_run',
+           'after_supervised', 'evaluation_run', 'runs_of', 'token_shares', 'work_of', 'usual_work', 'expected_seconds']
 
 # %% ../../nbs/study/05_conditions.ipynb #f3f17d66
 import re
@@ -142,6 +142,8 @@ def changed_value(before: Any, value: Any) -> Any:
 
 def changed_preset(preset: Preset, changes: tuple[tuple[str, Any], ...]) -> Preset:
     "The preset with changes at dotted paths. Raises `StudyError` if a place does not exist or a value does not fit."
+    if not changes:
+        return preset
     values = preset.model_dump()
     for path, value in changes:
         *above, last = path.split(".")
@@ -161,13 +163,19 @@ def without_idle_changes(condition: Condition, preset: Preset) -> Condition:
     return condition.model_copy(update={"changes": changes, **back})
 
 # %% ../../nbs/study/05_conditions.ipynb #be6b8138
+@lru_cache(maxsize=256)
+def generated_sources(name: str, problems: ProblemConfig, seed: int) -> tuple[SourceConfig, ...]:
+    "Sources of a generated mixture; looked up once, since their problems are worked out to be checked."
+    return GENERATED_MIXTURES[name](problems, seed)
+
+
 def mixture_of(scale: Preset, name: str, seed: int) -> MixtureConfig | PreparedMixtureConfig:
     "What a condition reads at this scale. Raises `StudyError` for a mixture that the preset does not have."
     known = scale.corpus.mixtures if scale.corpus else GENERATED_MIXTURES
     if name not in known:
         raise StudyError(f"mixture `{name}` is not in the preset; choose from {', '.join(known)}")
     if not scale.corpus:
-        return MixtureConfig(sources=known[name](scale.problems, seed), tokens=scale.pretraining.tokens,
+        return MixtureConfig(sources=generated_sources(name, scale.problems, seed), tokens=scale.pretraining.tokens,
                              background=scale.pretraining.background, seed=seed)
     folder = corpus_folder(scale.corpus.folder)
     found = corpus_fingerprint(folder) if (folder / "manifest.jsonl").exists() else None
@@ -261,16 +269,22 @@ def in_documents(sources: tuple[SourceConfig, ...], sample: int = 500) -> tuple[
     return tuple(source.model_copy(update={"weight": round(share / sum(shares), 3)})
                  for source, share in zip(sources, shares, strict=True))
 
+# %% ../../nbs/study/05_conditions.ipynb #c0de9d02
+@lru_cache(maxsize=256)
+def with_operations(problems: ProblemConfig, operations: tuple[int, int] | None) -> ProblemConfig:
+    "The same problems of so many operations, if a number is given. Raises `StudyError` if they cannot be told."
+    changes = {"operations": operations} if operations else {}
+    return ProblemConfig.parse(problems.model_dump() | changes, where="condition")
+
 # %% ../../nbs/study/05_conditions.ipynb #b1ddad67
 def finetuning_run(scale: Preset, condition: Condition, parent: Run, seed: int) -> Run:
     "Fine-tuning of a condition. Raises `StudyError` for a start or for solutions that there are not."
     if condition.algorithm == "sft" and scale.corpus:
         raise StudyError("the control imitates generated solutions of the prompts, and a prepared corpus has none; "
                          "leave algorithm `sft` out, or choose a preset with generated sources")
-    operations = {"operations": scale.prompt_operations} if scale.prompt_operations else {}
     config = FinetuneConfig(
         model=parent.reference, step=start_step(condition, parent.config), questions=scale.questions,
-        problems=ProblemConfig.parse(scale.problems.model_dump() | operations, where="condition"),
+        problems=with_operations(scale.problems, scale.prompt_operations),
         prompts=real_prompts(scale.prompts) if scale.prompts else None, seed=seed,
         algorithm=algorithm_of(scale, condition, seed),
         grader="study" if condition.algorithm == "sft" else scale.grader,
@@ -294,12 +308,11 @@ def after_supervised(run: Run, scale: Preset, condition: Condition, seed: int) -
 def evaluation_run(scale: Preset, condition: Condition, parent: Run, benchmark: str, seed: int) -> Run:
     "Evaluation of a fine-tuning run on one benchmark; the questions are the same for every seed."
     told, steps = scale.evaluation, parent.config.snapshot_steps
-    operations = {"operations": told.operations} if told.operations else {}
     file = local_file(benchmark)  # what the environment names for it is part of the run's name
     config = EvaluateConfig(
         model=parent.reference, steps=(steps[0], steps[-1]) if condition.checkpoints == "ends" else steps,
         benchmark=benchmark, data=str(file) if file else None,
-        problems=ProblemConfig.parse(scale.problems.model_dump() | operations, where="condition"),
+        problems=with_operations(scale.problems, told.operations),
         questions=told.questions, samples=told.samples, seed=seed,
         sampling=SamplingConfig(max_new_tokens=scale.max_new_tokens, temperature=told.temperature, top_p=told.top_p))
     name = [parent.name, benchmark, *named_changes(condition, ("evaluate",))]

@@ -7,7 +7,7 @@ __all__ = ['COSTS', 'PREDICTED', 'HISTORY', 'ROOMS', 'COLOURS', 'MARKS', 'STYLE'
            'templates', 'MOVES', 'verdicts', 'capitalised', 'short_name', 'findings', 'not_as_predicted', 'Provenance',
            'read_committed', 'read_provenance', 'read_costs', 'evidence', 'costed_runs', 'study_costs', 'duration',
            'cost_sentence', 'cost_rows', 'where_computed', 'Prose', 'link_to', 'to_html', 'argument', 'when_predicted',
-           'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables', 'article', 'report',
+           'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables', 'article', 'report_page',
            'page_of', 'write_pages', 'write_report']
 
 # %% ../../nbs/study/10_report.ipynb #15c693b3
@@ -581,7 +581,7 @@ def article(name: str, preset: str = "laptop", ship: bool = True, base: str = ".
         notebook=link_to(f"figures/{name}.ipynb", base)))
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0044
-def report(preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
+def report_page(preset: str = "laptop", ship: bool = True, base: str = "../nbs") -> str:
     """The page of a preset, as HTML: what is shipped, or with `ship` false the reader's own; `base` leads to `nbs/`.
 
     Raises `StudyError` if nothing has been drawn, or a part cannot be read."""
@@ -632,11 +632,11 @@ def write_pages(folder: Path, notebooks: Sequence[Path]) -> None:
 def write_report(preset: str = "laptop", ship: bool = True, pages: bool = False) -> Path:
     """Write the report, with `pages` also every notebook as a page and the report beside them; where to begin reading.
 
-    Raises `StudyError` as `report` does; then nothing is written."""
+    Raises `StudyError` as `report_page` does; then nothing is written."""
     file = outputs_folder() / ("report.html" if ship else f"reproduced/{preset}/report.html")
-    write_text(file, report(preset, ship, Path(os.path.relpath(notebooks_folder(), file.parent)).as_posix()))
+    write_text(file, report_page(preset, ship, Path(os.path.relpath(notebooks_folder(), file.parent)).as_posix()))
     if not pages:
         return file
     write_pages(outputs_folder() / "pages", sorted(notebooks_folder().rglob("[!._]*.ipynb")))
-    write_text(beginning := outputs_folder() / "pages/report.html", report(preset, ship, ""))
+    write_text(beginning := outputs_folder() / "pages/report.html", report_page(preset, ship, ""))
     return beginning

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['use_device', 'choose_sizes', 'machine_line', 'seconds_of', 'best_seconds', 'matrix_rate', 'memory_bandwidth',
            'training_operations', 'alternate', 'paired_ratios', 'ratio_text', 'draw_sides', 'stem', 'top_operators',
-           'draw_operators', 'sweep', 'draw_sweep', 'benchmark_model', 'record']
+           'draw_operators', 'cost_scaling', 'draw_scaling', 'benchmark_model', 'record']
 
 # %% ../../nbs/study/13_speed.ipynb #5bee0004
 import os
@@ -164,7 +164,7 @@ def draw_operators(seconds: pd.Series, axes: Axes) -> None:
     axes.set(xlabel="share of the time [%]")
 
 # %% ../../nbs/study/13_speed.ipynb #5bee0023
-def sweep(base: dict[str, int], factors: dict[str, Sequence[float]],
+def cost_scaling(base: dict[str, int], factors: dict[str, Sequence[float]],
           cost: Callable[[dict[str, int]], float]) -> pd.DataFrame:
     "`cost(sizes)` of `base`, and with one size at a time multiplied → columns `what, factor, size, cost`."
     at_base = cost(base)
@@ -174,7 +174,7 @@ def sweep(base: dict[str, int], factors: dict[str, Sequence[float]],
     return pd.DataFrame(rows)
 
 
-def draw_sweep(frame: pd.DataFrame, axes: Axes) -> None:
+def draw_scaling(frame: pd.DataFrame, axes: Axes) -> None:
     "A line per size that was varied; both axes in units of the base, the diagonal is growth in proportion."
     for (what, part), style in zip(frame.groupby("what", sort=False), ("o-", "s--", "^-.", "D:"), strict=False):
         base = part[part.factor == 1].iloc[0]
