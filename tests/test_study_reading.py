@@ -9,19 +9,21 @@ import pandas as pd
 import pytest
 from pretended_runs import pretend_runs
 
-from echochamber.core import StudyError, project_root
+from echochamber.core import StudyError, project_root, refused
 from echochamber.study.conditions import Condition, condition_labels
 from echochamber.study.figures import FIGURES, TABLES, figure_run, table_file, write_table
 from echochamber.study.reading import (
     ACCURACY,
     GREEDY,
     Results,
+    Tables,
     Verdict,
     change,
     own_seed_line,
     seed_values,
     share,
     value,
+    with_common_seeds,
 )
 
 PPO, GRPO = FIGURES["convergence"].conditions
@@ -240,3 +242,13 @@ def test_a_verdict_without_its_headline_is_not_reproduced():
         for place, one in enumerate(holds):
             verdict.predict(str(place), "measured", one, headline=place == 0)
         assert verdict.status == status
+
+
+def test_a_seed_that_stands_for_two_pretrainings_is_refused():
+    "The shipped conditions start from one model each seed; with two seeds of one of them exchanged they do not."
+    ends = [pd.read_parquet(SHIPPED / f"{name}.parquet").query("step == 0") for name in ("grpo", "ppo")]
+    conditions = (Condition(), Condition(algorithm="ppo"))
+    assert with_common_seeds(Tables(pd.concat(ends), conditions=conditions)).seeds == [0, 1, 2, 3, 4]
+    ends[1] = ends[1].assign(seed=ends[1].seed.replace({0: 1, 1: 0}))
+    said = refused(with_common_seeds, Tables(pd.concat(ends), conditions=conditions))
+    assert said.startswith("seed 0: ppo and grpo do not start from the same model") and "in one place" in said
