@@ -6,9 +6,9 @@
 __all__ = ['COSTS', 'PREDICTED', 'HISTORY', 'ROOMS', 'COLOURS', 'MARKS', 'STYLE', 'TABLE', 'FIGURE', 'PAGE', 'METHODS',
            'templates', 'MOVES', 'verdicts', 'capitalised', 'short_name', 'findings', 'not_as_predicted', 'Provenance',
            'read_committed', 'read_provenance', 'read_costs', 'evidence', 'costed_runs', 'study_costs', 'duration',
-           'cost_sentence', 'cost_rows', 'where_computed', 'Prose', 'link_to', 'to_html', 'argument', 'when_predicted',
-           'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables', 'article', 'report_page',
-           'page_of', 'write_pages', 'write_report']
+           'cost_sentence', 'cost_rows', 'in_words', 'where_computed', 'Prose', 'link_to', 'to_html', 'argument',
+           'when_predicted', 'picture', 'settings', 'sources', 'notebooks_in', 'shelves', 'mark', 'variables',
+           'article', 'report_page', 'page_of', 'write_pages', 'write_report']
 
 # %% ../../nbs/study/10_report.ipynb #15c693b3
 import base64
@@ -208,6 +208,12 @@ def cost_rows(names: Sequence[str], preset: str) -> list[dict[str, str]]:
     return rows
 
 
+def in_words(names: Sequence[str]) -> str:
+    "Names as they are said, `one, two and three`."
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def where_computed(names: Sequence[str], preset: str) -> str:
     """On which machines the shipped runs of these figures were computed, by stage, in words; empty without any.
 
@@ -216,8 +222,8 @@ def where_computed(names: Sequence[str], preset: str) -> str:
     verbs: dict[str, list[str]] = {}
     for stage, verb in {"pretrain": "pretrained", "finetune": "fine-tuned", "evaluate": "evaluated"}.items():
         if stage in used:
-            verbs.setdefault(" and ".join(sorted(used[stage])), []).append(verb)
-    return ", ".join(f"{' and '.join(some)} on {machine}" for machine, some in verbs.items())
+            verbs.setdefault(in_words(sorted(used[stage])), []).append(verb)
+    return ", ".join(f"{in_words(some)} on {machine}" for machine, some in verbs.items())
 
 # %% ../../nbs/study/10_report.ipynb #9e0c0014
 class Prose(mistune.HTMLRenderer):
