@@ -13,6 +13,8 @@ from echochamber.core import project_root
 from echochamber.data.preparation import prepare, read_manifest
 from echochamber.study.real_data import prepare_corpus
 
+pytestmark = pytest.mark.sessions
+
 COMMAND = Path(sys.executable).with_name("echochamber")
 
 

@@ -119,6 +119,7 @@ trainer.fit(Witness(), PackedData(rows, batch_size=8, seed=3))
 """
 
 
+@pytest.mark.sessions
 def test_two_processes_share_each_batch_of_one(tmp_path):
     (tmp_path / "witness.py").write_text(WITNESS, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project_root())}

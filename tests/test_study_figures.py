@@ -104,6 +104,7 @@ def test_the_front_page_says_what_is_committed(redrawn, name):
     assert (ROOT / f"outputs/figures/laptop/{name}.svg").stat().st_size < 300_000, "a picture of that many points should be rasterised"
 
 
+@pytest.mark.sessions
 def test_the_front_page_computes_what_it_shows():
     "Its cells, executed again in a kernel of their own, say what is stored in it, of which the README is made."
     def said(cell) -> str:
