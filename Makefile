@@ -10,7 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 define COMPILE_ALL_IN_USE
 from echochamber.study import cli, fork_server, reproduction, report
 from echochamber.study.fingerprint import notebooks_folder
-fork_server.import_for(sorted(notebooks_folder().glob('*/*.ipynb')))
+for notebook in [*notebooks_folder().glob('experiments/[!.]*.ipynb'), *notebooks_folder().glob('figures/[!.]*.ipynb')]:
+    try: fork_server.import_for([notebook])
+    except SyntaxError: pass  # a notebook that is being written
 endef
 export COMPILE_ALL_IN_USE
 
@@ -21,7 +23,7 @@ help:
 	@echo "make figures     draw every figure again from the shipped results, without training"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
 	@echo "make sessions    more of pytest: whole sessions that are killed, interrupted and continued, schedulers, SLURM jobs, several"
-	@echo "                 ranks, corpora, the benchmarks' trials, JupyterLab (CI runs both)"
+	@echo "                 ranks, corpora from a hub, compiled pretraining, the front page computed again, JupyterLab (CI runs both)"
 	@echo "make fuzz        property tests on new random examples for FUZZ_MINUTES (20)"
 	@echo "make gpu         on a GPU, under nine minutes: tests marked cuda, the benchmarks, convergence at preset gpu as far as it"
 	@echo "                 comes (it resumes); results in outputs/ (DEVICE=cpu tries the same with tiny sizes, four minutes)"

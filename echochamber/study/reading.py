@@ -128,14 +128,17 @@ class Tables:
     one_pretraining = property(lambda self: 1 in self.pretrainings.values())
 
 # %% ../../nbs/study/07_reading.ipynb #c0ffee72
-SAME_MODEL = 0.9  # share of equal answers: all of one model's, a few less where another processor has sampled them
+SAME_MODEL = 0.9  # share of equal answers; not all, since another processor may have sampled the rest
 
 
 def start_of(condition: Condition) -> tuple:
     "What decides which model a condition starts from, and how it is asked."
-    asked = [change for change in condition.changes if change[0].startswith(("evaluation.", "max_new_tokens"))]
-    return (condition.mixture, *named_changes(condition, ("pretrain",)), condition.pretraining_seed, condition.start,
-            condition.supervised_first, str(asked))
+    reach = ["evaluation", "max_new_tokens"]
+    if condition.supervised_first:
+        reach += ["questions", "prompts", "prompt_operations", "control"]
+    changes = [change for change in condition.changes if change[0].split(".")[0] in reach]
+    return (condition.mixture, *named_changes(condition, ("pretrain",)), condition.start, condition.supervised_first,
+            str(changes))
 
 
 def require_common_starts(tables: Tables) -> None:
@@ -144,12 +147,12 @@ def require_common_starts(tables: Tables) -> None:
     first: dict[tuple, tuple[str, pd.DataFrame]] = {}
     for condition in tables.conditions:
         rows = start[start.condition == condition.name]
-        for (seed, benchmark), own in rows.groupby(["seed", "benchmark"], observed=True):
+        for asked, own in rows.groupby(["seed", "pretraining_seed", "benchmark"], observed=True):
             answers = own.set_index(["problem", "sample"])[["format", "extracted"]].astype(str).fillna("")
-            name, expected = first.setdefault((start_of(condition), seed, benchmark), (condition.name, answers))
+            name, expected = first.setdefault((start_of(condition), *asked), (condition.name, answers))
             equal = (answers.reindex(expected.index) == expected).all(axis=1).mean()
             if equal < SAME_MODEL:
-                raise StudyError(f"seed {seed}: {condition.name} and {name} do not start from the same model, for "
+                raise StudyError(f"seed {asked[0]}: {condition.name} and {name} do not start from the same model, for "
                                  f"before RL {equal:.0%} of their answers are equal; a seed pairs conditions of one "
                                  "pretraining only, so compute them all in one place")
 

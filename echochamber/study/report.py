@@ -189,7 +189,7 @@ def cost_sentence(figure: Figure, preset: str) -> str:
         untold = f" ({counted(missing, 'run')} untold)" if (missing := int(runs.seconds.isna().sum())) else ""
         times = [f"{duration(seconds)} on {machine}"
                  for machine, seconds in runs.groupby("machine").seconds.sum().items()]
-        said.append(f"Measured: {counted(len(runs), 'run')}, {' and '.join(times)}{untold}, "
+        said.append(f"Measured: {counted(len(runs), 'run')}, {in_words(times)}{untold}, "
                     f"{runs.tokens.sum() / 1e6:.0f} million tokens read or written.")
     expected = figure_costs(preset).set_index("figure").hours.get(figure.name)
     if expected is not None:
