@@ -249,6 +249,7 @@ def test_a_seed_that_stands_for_two_pretrainings_is_refused():
     ends = [pd.read_parquet(SHIPPED / f"{name}.parquet").query("step == 0") for name in ("grpo", "ppo")]
     conditions = (Condition(), Condition(algorithm="ppo"))
     assert with_common_seeds(Tables(pd.concat(ends), conditions=conditions)).seeds == [0, 1, 2, 3, 4]
-    ends[1] = ends[1].assign(seed=ends[1].seed.replace({0: 1, 1: 0}))
+    exchanged = ends[1].seed.replace({0: 1, 1: 0})
+    ends[1] = ends[1].assign(seed=exchanged, pretraining_seed=exchanged)
     said = refused(with_common_seeds, Tables(pd.concat(ends), conditions=conditions))
     assert said.startswith("seed 0: ppo and grpo do not start from the same model") and "in one place" in said
