@@ -10,16 +10,19 @@ import pytest
 from nbclient import NotebookClient
 from pretended_runs import pretend_runs
 
-from echochamber.core import project_root
+from echochamber.core import StudyError, project_root
 from echochamber.study import figures
-from echochamber.study.conditions import Condition
+from echochamber.study.conditions import Condition, runs_of
 from echochamber.study.figures import (
     FIGURES,
     Figure,
+    parse_seeds,
     read_if_there,
     redraw,
+    seeds_kept,
     table_file,
     verdict_file,
+    with_rows_kept,
     write_table,
 )
 from echochamber.study.reproduction import reproduce
@@ -161,6 +164,28 @@ def test_a_figure_is_one_entry_and_one_notebook(tmp_path, monkeypatch):
     pretend_runs(toy.conditions[0], 0, table[table.seed == 1])
     drawn = [reproduce([toy], "laptop")["toy"] for _ in range(2)]
     assert drawn[0].startswith("T1 reproduced: a toy; 1 of 1 predictions hold. Your seed (grpo): accuracy")
-    assert read_if_there(verdict_file("toy", "laptop"))["seeds"] == table.seed.nunique(), "the shipped seeds stay the results"
+    assert read_if_there(verdict_file("toy", "laptop"))["seeds"] == sorted(table.seed.unique()), "the shipped seeds stay the results"
     attempts = [read_if_there(run / "provenance.json")["attempts"] for run in (tmp_path / "outputs/runs/figure").iterdir()]
     assert drawn[0] == drawn[1] and attempts == [1, 1], "nothing is drawn twice"
+
+
+def test_a_table_does_not_grow_with_rows_of_another_edition(tmp_path):
+    file, rows = tmp_path / "grpo.parquet", pd.DataFrame({"seed": [0, 0, 1], "format": pd.Categorical(["omi2", "omi1", "omi2"])})
+    write_table(file, rows)
+    new = pd.DataFrame({"seed": [5, 5], "format": ["tinygsm", None]})
+    grown = with_rows_kept(file, new, [1])
+    assert grown.seed.tolist() == [1, 5, 5] and grown.format.fillna("").tolist() == ["omi2", "tinygsm", ""]
+    with pytest.raises(StudyError, match=r"grpo.parquet: .* \(style\)"):
+        with_rows_kept(file, new.assign(style="short names"), [1])
+
+
+@pytest.mark.parametrize("asked, same, kept", [("3", True, "0-4"), ("5", True, ""), ("5-7", True, "0-4"), ("2-6", True, "0-1"), ("5-7", False, "")])
+def test_seeds_stay_that_this_code_computed_and_that_do_not_come_again(tmp_path, monkeypatch, asked, same, kept):
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
+    file = table_file(Condition(), "laptop").with_suffix(".json")
+    file.parent.mkdir(parents=True)
+    code = {run.stage: run.code if same else "other" for run in runs_of(Condition(), "laptop", 0)}
+    file.write_text(json.dumps({"seeds": [0, 1, 2, 3, 4], "code": code}))
+    expected = parse_seeds(kept) if kept else []
+    assert seeds_kept(Condition(), "laptop", parse_seeds(asked)) == expected
+    assert seeds_kept(Condition(pretraining_seed=0), "laptop", parse_seeds(asked)) == []

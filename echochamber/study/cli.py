@@ -7,8 +7,9 @@ __all__ = ['app', 'console', 'PresetOption', 'SeedsOption', 'FigureNames', 'Only
            'NetworkOption', 'CheckpointOption', 'BenchmarkOption', 'DataOption', 'SamplesOption', 'LimitOption',
            'BosOption', 'TokensOption', 'SampledOption', 'EngineOption', 'PrecisionOption', 'CompletionsArgument',
            'OutOption', 'say', 'complain', 'sentence_and_status', 'status_of', 'main', 'typed_path', 'path_option',
-           'study', 'seeds_asked', 'reproduce', 'show_figures', 'figures', 'report', 'compute', 'run', 'as_they_come',
-           'where_units_run', 'require_action', 'data', 'prepare_corpus', 'evaluate', 'grade', 'checkpoints', 'export']
+           'typed_seeds', 'study', 'seeds_asked', 'reproduce', 'show_figures', 'figures', 'report', 'compute', 'run',
+           'as_they_come', 'where_units_run', 'require_action', 'data', 'prepare_corpus', 'evaluate', 'grade',
+           'checkpoints', 'export']
 
 # %% ../../nbs/study/12_cli.ipynb #9a76386e
 import contextlib
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -98,12 +99,22 @@ def path_option(kind: str, help: str, make=typer.Option):
 
 # %% ../../nbs/study/12_cli.ipynb #adb78cdf
 PresetOption = Annotated[str, typer.Option(help="scale of the study: smoke, laptop, gpu or paper")]
-SeedsOption = Annotated[int, typer.Option(min=1, help="whole realisations of each condition")]
+def typed_seeds(text: str) -> list[int]:
+    "Seeds as they were typed; a usage error for anything else."
+    from echochamber.study.figures import parse_seeds
+    try:
+        return parse_seeds(text)
+    except StudyError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+SeedsOption = Annotated[Any, typer.Option(parser=typed_seeds, metavar="SEEDS", help="whole realisations of each "
+                                           "condition: how many (3), or which (5-7)")]
 FigureNames = Annotated[list[str] | None, typer.Argument(help="names of figures, or all")]
 
 
 @app.command()
-def study(seeds: SeedsOption = 1) -> None:
+def study(seeds: SeedsOption = "1") -> None:
     """List the figures: claim, runs needed, expected cost and status, per preset.
 
     Example: echochamber study --seeds 3"""
@@ -119,11 +130,11 @@ OnlySeedOption = Annotated[int | None, typer.Option(min=0, help="compute this se
                                                                 "seed, and one more that draws with --seeds")]
 
 
-def seeds_asked(seeds: int, only_seed: int | None, ship: bool) -> int | list[int]:
-    "How many seeds, or the only one. Raises `StudyError` for an only seed beside their number, and to be shipped."
+def seeds_asked(seeds: list[int], only_seed: int | None, ship: bool) -> list[int]:
+    "The seeds, or the only one. Raises `StudyError` for an only seed beside others, and to be shipped."
     if only_seed is None:
         return seeds
-    if seeds > 1 or ship:
+    if seeds != [0] or ship:
         raise StudyError(f"--only-seed computes seed {only_seed} and draws nothing; leave --seeds and --ship to the "
                          "command that draws when all seeds are computed")
     return [only_seed]
@@ -131,7 +142,7 @@ def seeds_asked(seeds: int, only_seed: int | None, ship: bool) -> int | list[int
 # %% ../../nbs/study/12_cli.ipynb #46569556
 @app.command()
 def reproduce(
-        figures: FigureNames = None, preset: PresetOption = "laptop", seeds: SeedsOption = 1,
+        figures: FigureNames = None, preset: PresetOption = "laptop", seeds: SeedsOption = "1",
         only_seed: OnlySeedOption = None,
         workers: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
         scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:port")] = None,

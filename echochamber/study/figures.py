@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['LEARNING_RATES', 'FIGURES', 'STARTS', 'ENDING', 'LONGER', 'TEXTS', 'TABLES', 'PICTURES', 'RECORDS', 'tuned', 'Figure',
            'by_name', 'figures_at', 'conditions_at', 'penalties', 'groups_of', 'errs', 'lengthened', 'in_background',
-           'grown', 'reaching', 'as_released', 'as_trained', 'foretold', 'figure_runs', 'table_file', 'asked_problems',
-           'described', 'evaluation_frame', 'training_frame', 'read_if_there', 'machine_of', 'cost_frame',
-           'write_table', 'write_if_new', 'provenance_of', 'labelled_runs', 'condition_tables', 'shipped_seeds',
-           'rests_on_more', 'collect', 'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure',
-           'figure_folder', 'picture_file', 'verdict_file', 'publish', 'redraw']
+           'grown', 'reaching', 'as_released', 'as_trained', 'foretold', 'parse_seeds', 'seeds_text', 'figure_runs',
+           'table_file', 'asked_problems', 'described', 'evaluation_frame', 'training_frame', 'read_if_there',
+           'machine_of', 'cost_frame', 'write_table', 'write_if_new', 'provenance_of', 'labelled_runs',
+           'condition_tables', 'shipped_seeds', 'seeds_kept', 'with_rows_kept', 'with_origin_kept', 'collect',
+           'other_code', 'FigureConfig', 'table_hashes', 'figure_run', 'open_figure', 'figure_folder', 'picture_file',
+           'verdict_file', 'publish', 'redraw']
 
 # %% ../../nbs/study/06_figures.ipynb #0f50b467
 import contextlib
 import json
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,28 @@ def foretold(preset: str) -> tuple[Condition, ...]:
 FIGURES |= by_name(Figure(name="theory", claim="C8", title="one law foretells the formats of every run",
                           conditions=foretold("laptop"), needs=2, elsewhere={"paper": foretold("paper")}))
 
+# %% ../../nbs/study/06_figures.ipynb #5eed0102
+def parse_seeds(text: str) -> list[int]:
+    """Seeds as a command names them: `3` are the first three, `5-7` those from one to another, `0-2,5-7` are both.
+
+    Raises `StudyError` for anything else."""
+    if re.fullmatch(r"\d{1,4}", text) and int(text):
+        return list(range(int(text)))
+    spans = [re.fullmatch(r"(\d{1,4})-(\d{1,4})", span) for span in text.split(",")]
+    seeds = {seed for span in spans if span for seed in range(int(span[1]), int(span[2]) + 1)}
+    if not (seeds and all(spans)):
+        raise StudyError(f"`{text}` names no seeds; give their number (3), or the first and the last (5-7, or 0-2,5-7)")
+    return sorted(seeds)
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    "Seeds as a command names them."
+    seeds = set(seeds)
+    firsts, lasts = (sorted(seed for seed in seeds if seed + step not in seeds) for step in (-1, 1))
+    if firsts == [0] and len(lasts) == 1:
+        return str(len(seeds))
+    return ",".join(f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True))
+
 # %% ../../nbs/study/06_figures.ipynb #f9a6eec8
 def figure_runs(figure: Figure, preset: str, seeds: int | Sequence[int]) -> list[Run]:
     """Every run behind a figure, each once, parents first; `seeds` are their number or themselves.
@@ -350,30 +374,65 @@ def condition_tables(condition: Condition, preset: str, seeds: Sequence[int]) ->
     return {part: pd.concat(frames[part], ignore_index=True) for part in TABLES}
 
 # %% ../../nbs/study/06_figures.ipynb #5d3664bd
-def shipped_seeds(condition: Condition, preset: str) -> tuple[int, bool]:
-    "How many seeds the shipped tables of a condition rest on, and whether they were computed by this code."
+def shipped_seeds(condition: Condition, preset: str) -> tuple[list[int], bool]:
+    "The seeds that the shipped tables of a condition rest on, and whether they were computed by this code."
     told = read_if_there(table_file(condition, preset).with_suffix(".json"))
     code = {run.stage: run.code for run in runs_of(condition, preset, 0)}
-    return len(told.get("seeds", ())), told.get("code") == code
+    return list(told.get("seeds", ())), told.get("code") == code
 
 
-def rests_on_more(condition: Condition, preset: str, seeds: int) -> int:
-    "How many seeds the shipped tables of a condition rest on, if these are more than `seeds` of the same code; else 0."
+def seeds_kept(condition: Condition, preset: str, seeds: Iterable[int]) -> list[int]:
+    """The seeds of the shipped tables of a condition that stay when `seeds` are shipped.
+
+    All if `seeds` are fewer of them, else those that are not among `seeds`; none that other code computed, or that
+    share one pretraining."""
     there, same = shipped_seeds(condition, preset)
-    return there if there > seeds and same else 0
+    if not same or condition.pretraining_seed is not None:
+        return []
+    return there if set(seeds) < set(there) else [seed for seed in there if seed not in seeds]
+
+# %% ../../nbs/study/06_figures.ipynb #5eed0105
+def with_rows_kept(file: Path, table: pd.DataFrame, kept: Sequence[int]) -> pd.DataFrame:
+    """A table and, in the order of seeds, the rows of the `kept` seeds that its file has.
+
+    Raises `StudyError` if the file has other columns."""
+    if not kept:
+        return table
+    there = pd.read_parquet(file)
+    if differing := sorted(set(there) ^ set(table)):
+        raise StudyError(f"{file}: its rows are of another edition ({', '.join(differing)}); remove it with its .json "
+                         "and ship all its seeds at once")
+    words = dict.fromkeys(there.select_dtypes("category"), object)
+    words |= {name: kind for name, kind in table.select_dtypes("category").dtypes.items()
+              if set(there[name].cat.categories) <= set(kind.categories)}  # a fixed vocabulary stays as it is
+    rows = pd.concat([there[there.seed.isin(kept)].astype(words), table])
+    return rows.sort_values("seed", kind="stable", ignore_index=True)
 
 
-def collect(figure: Figure, preset: str, seeds: int) -> None:
-    """Ship the tables of all conditions of a figure over so many seeds; every run behind them must be done.
+def with_origin_kept(there: dict, new: dict) -> dict:
+    "Where a table comes from that was there and has grown."
+    growing = ("seeds", "pretraining_seeds", "revisions", "processors")
+    lists = {name: sorted({*there[name], *new[name]}) for name in growing}
+    return there | lists | {"finished": max(there["finished"], new["finished"])}
 
-    A condition that rests on more seeds of the same code stays as it is: it belongs to other figures, too. Raises
-    `StudyError` if the problems of an evaluation are not those of its config."""
-    for condition in (one for one in conditions_at(figure, preset) if not rests_on_more(one, preset, seeds)):
-        for part, table in condition_tables(condition, preset, range(seeds)).items():
-            write_table(table_file(condition, preset, part), table)
-        runs = [run for run, _ in labelled_runs(condition, preset, range(seeds))]
-        origin = json.dumps(provenance_of(condition, runs), indent=2)
-        write_if_new(table_file(condition, preset).with_suffix(".json"), origin.encode() + b"\n")
+# %% ../../nbs/study/06_figures.ipynb #5eed010a
+def collect(figure: Figure, preset: str, seeds: Sequence[int]) -> None:
+    """Ship the tables of all conditions of a figure over these seeds; every run behind them must be done.
+
+    What rests on other seeds of the same code stays beside them (`seeds_kept`). Raises `StudyError` if the problems of
+    an evaluation are not those of its config, or if a table that would grow has other columns."""
+    for condition in conditions_at(figure, preset):
+        kept, file = seeds_kept(condition, preset, seeds), table_file(condition, preset).with_suffix(".json")
+        if not (missing := [seed for seed in seeds if seed not in kept]):
+            continue
+        files = {part: table_file(condition, preset, part) for part in TABLES}
+        tables = condition_tables(condition, preset, missing)
+        tables = {part: with_rows_kept(files[part], table, kept) for part, table in tables.items()}
+        for part, table in tables.items():
+            write_table(files[part], table)
+        origin = provenance_of(condition, [run for run, _ in labelled_runs(condition, preset, missing)])
+        origin = with_origin_kept(read_if_there(file), origin) if kept else origin
+        write_if_new(file, json.dumps(origin, indent=2).encode() + b"\n")
 
 # %% ../../nbs/study/06_figures.ipynb #c0ffee12
 def other_code(name: str, preset: str) -> list[str]:
@@ -383,8 +442,9 @@ def other_code(name: str, preset: str) -> list[str]:
     shipped = {one.name: shipped_seeds(one, preset) for one in conditions_at(FIGURES[name], preset)}
     if not (other := {condition: seeds for condition, (seeds, same) in shipped.items() if seeds and not same}):
         return []
+    seeds = seeds_text(seed for several in other.values() for seed in several)
     return [f"{name}: other code than this computed the shipped results of {', '.join(other)}; `echochamber reproduce "
-            f"{name} --preset {preset} --seeds {max(other.values())} --ship` computes them again"]
+            f"{name} --preset {preset} --seeds {seeds} --ship` computes them again"]
 
 # %% ../../nbs/study/06_figures.ipynb #8cc0fe27
 class FigureConfig(StrictConfig):

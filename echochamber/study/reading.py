@@ -493,7 +493,7 @@ def write_verdict(folder: Path, verdict: Verdict, results: Results, finding: str
     line = verdict_line(verdict, finding, own)
     write_json(folder / "verdict.json", {
         "claim": verdict.claim, "status": verdict.status, "line": line, "finding": finding, "own": own,
-        "preset": results.preset, "seeds": len(results.seeds), "one_pretraining": bool(results.one_pretraining),
+        "preset": results.preset, "seeds": results.seeds, "one_pretraining": bool(results.one_pretraining),
         "predictions": verdict.predictions, "refuted_by": verdict.refuted_by})
     write_tables(folder, verdict, results, finding, own)
     return line

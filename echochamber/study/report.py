@@ -30,7 +30,8 @@ from ..core import StrictConfig, StudyError, describe_validation_error, outputs_
 from ..data.problems import FAMILIES
 from ..plots import FORMAT_STYLE, counted
 from .conditions import Condition, mixture_of
-from .figures import FIGURES, Figure, conditions_at, picture_file, table_file, verdict_file
+from .figures import FIGURES, Figure, conditions_at, picture_file, seeds_text, table_file
+from .figures import verdict_file
 from .fingerprint import notebooks_folder
 from .presets import find_preset
 from .reading import ANSWERS
@@ -50,7 +51,8 @@ def verdicts(preset: str = "laptop", ship: bool = True) -> dict[str, dict]:
                          + ("`echochamber reproduce` computes some of your own, `echochamber report --own` shows them"
                             if ship else f"run `echochamber reproduce --preset {preset}` first"))
     for name, verdict in found.items():
-        if missing := {"claim", "status", "finding", "predictions", "seeds", "own", "refuted_by"} - set(verdict):
+        told = {key for key, value in verdict.items() if key != "seeds" or isinstance(value, list)}  # once a number
+        if missing := {"claim", "status", "finding", "predictions", "seeds", "own", "refuted_by"} - told:
             mend = f"echochamber {'figures' if ship else 'reproduce'} {name} --preset {preset}"
             raise StudyError(f"{files[name]}: does not tell {', '.join(sorted(missing))}; `{mend}` writes it again")
     return found
@@ -109,7 +111,7 @@ def read_committed(file: Path, read: Callable[[Path], Any], figure: Figure, pres
     except (OSError, ValueError, KeyError) as error:
         problem = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
     verdict = verdict_file(figure.name, preset, ship=True)
-    seeds = read_json(verdict)["seeds"] if verdict.exists() else "N"
+    seeds = seeds_text(read_json(verdict)["seeds"]) if verdict.exists() else "N"
     again = f"echochamber reproduce {figure.name} --preset {preset} --seeds {seeds} --ship"
     raise StudyError(f"{file}: cannot be read ({problem}); `git checkout -- {file}` brings back what is committed, "
                      f"`{again}` computes it again")
@@ -465,7 +467,7 @@ FIGURE += """
 cell.</figcaption></figure>
 <h3>Command</h3>
 <pre><code>
-{%- if whole %}echochamber reproduce {{ name }} --preset {{ preset }} --seeds {{ verdict.seeds }}
+{%- if whole %}echochamber reproduce {{ name }} --preset {{ preset }} --seeds {{ seeds_text(verdict.seeds) }}
 
 {% endif %}
 {%- if ship %}# {{ "the picture alone, " if whole }}from the tables in the repository
@@ -565,7 +567,7 @@ Which format wins is no discovery about formats. The sources are written by us, 
 templates = jinja2.Environment(loader=jinja2.DictLoader({"table": TABLE, "page": PAGE,
                                                          "figure": '{% from "table" import table %}' + FIGURE}),
                                autoescape=True, undefined=jinja2.StrictUndefined)
-templates.globals |= {"mark": mark, "short_name": short_name}
+templates.globals |= {"mark": mark, "short_name": short_name, "seeds_text": seeds_text}
 templates.filters["capitalise"] = capitalised
 
 

@@ -19,7 +19,8 @@ from ..data.sources import find_source
 from ..data.token_files import PreparedMixtureConfig
 from .conditions import expected_seconds
 from .figures import FIGURES, Figure, collect, conditions_at, figure_run, figure_runs, figures_at
-from .figures import publish, read_if_there, redraw, rests_on_more, table_file, verdict_file
+from .figures import publish, read_if_there, redraw, seeds_kept, seeds_text, shipped_seeds
+from .figures import table_file, verdict_file
 from .graph import clock, execute, visible_gpus
 from .presets import PRESETS, find_preset
 from .requirements import disk_bytes, missing_requirements
@@ -144,15 +145,14 @@ def lines_of_needs(runs: Sequence[Run]) -> list[str]:
     return [f"not yet: {sentence}" for sentence in missing_requirements(runs, visible_gpus())]
 
 # %% ../../nbs/study/11_reproduction.ipynb #2961e67f
-def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: int) -> list[str]:
-    "A sentence for each condition whose shipped tables rest on more seeds than are asked for now."
+def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: Sequence[int]) -> list[str]:
+    "A sentence for each condition whose shipped tables rest on more seeds than there will be when these are shipped."
     said = []
     for condition in dict.fromkeys(one for figure in figures for one in conditions_at(figure, preset)):
-        file = table_file(condition, preset)
-        there = len(read_if_there(file.with_suffix(".json")).get("seeds", ()))
-        if there > seeds and not rests_on_more(condition, preset, seeds):
-            said.append(f"{file}: rests on {there} seeds and gives way to {seeds}; "
-                        f"with --seeds {there} there are as many again")
+        there, _ = shipped_seeds(condition, preset)
+        if len(there) > len({*seeds, *seeds_kept(condition, preset, seeds)}):
+            said.append(f"{table_file(condition, preset)}: rests on {len(there)} seeds and gives way to {len(seeds)}; "
+                        f"with --seeds {seeds_text(there)} there are as many again")
     return said
 
 # %% ../../nbs/study/11_reproduction.ipynb #bb0aac7b
@@ -163,12 +163,12 @@ def run_of_config(stage: str, name: str, file: Path) -> Run:
     return Run(stage, name, STAGES[stage].load(file))
 
 # %% ../../nbs/study/11_reproduction.ipynb #78911164
-def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, **options) -> dict[str, str]:
+def reproduce(figures: Sequence[Figure], preset: str, seeds: Sequence[int] = (0,), **options) -> dict[str, str]:
     """Compute what is missing and draw the figures with the reader's seeds; the verdict line of each by its name.
 
     `options` go to `execute`. What can be drawn is published even where other runs fail; then raises their
     `StudyError`."""
-    drawings = [figure_run(figure, preset, range(seeds)) for figure in figures]
+    drawings = [figure_run(figure, preset, seeds) for figure in figures]
     try:
         execute(drawings, lambda run: expected_seconds(run, preset), **options)
     finally:
@@ -176,7 +176,7 @@ def reproduce(figures: Sequence[Figure], preset: str, seeds: int = 1, **options)
     return lines
 
 
-def ship(figures: Sequence[Figure], preset: str, seeds: int, **options) -> dict[str, str]:
+def ship(figures: Sequence[Figure], preset: str, seeds: Sequence[int], **options) -> dict[str, str]:
     """Compute what is missing, collect it into the tables that the repository ships, draw the figures from them.
 
     `options` go to `execute`. Raises `StudyError` if a run fails; then nothing is collected."""
@@ -193,4 +193,4 @@ def compute_seed(figures: Sequence[Figure], preset: str, seed: int, **options) -
     runs = runs_of_figures(figures, preset, [seed])
     computed = execute(runs, lambda run: expected_seconds(run, preset), **options)
     return (f"seed {seed} is complete, {computed} of its {len(runs)} runs computed now; the same command draws with "
-            "--seeds, the number of all seeds, in the place of --only-seed")
+            "--seeds, all the seeds, in the place of --only-seed")
