@@ -11,7 +11,7 @@ from pretended_runs import pretend_runs
 
 from echochamber.core import StudyError, project_root, refused
 from echochamber.study.conditions import Condition, condition_labels
-from echochamber.study.figures import FIGURES, TABLES, figure_run, table_file, write_table
+from echochamber.study.figures import FIGURES, TABLES, conditions_at, figure_run, table_file, write_table
 from echochamber.study.reading import (
     ACCURACY,
     GREEDY,
@@ -253,3 +253,22 @@ def test_a_seed_that_stands_for_two_pretrainings_is_refused():
     ends[1] = ends[1].assign(seed=exchanged, pretraining_seed=exchanged)
     said = refused(with_common_seeds, Tables(pd.concat(ends), conditions=conditions))
     assert said.startswith("seed 0: ppo and grpo do not start from the same model") and "in one place" in said
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_rl_on_one_set_helps_on_a_harder_one_only_if_it_does(tmp_path, monkeypatch, helps):
+    "The figure of real problems at preset paper: what the small model writes, told as the paper's, of sets of three sizes."
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
+    rows = pd.read_parquet(SHIPPED / "ppo.parquet").query("step in (0, 120)").astype({"format": str, "outcome": str, "benchmark": str})
+    for condition in conditions_at(FIGURES["harder"], "paper"):
+        benchmark = condition.benchmarks[0]
+        few = rows[rows.problem < {"gsm8k": 60, "math500": 40, "aime": 20}[benchmark]]
+        still = (few.problem % 5 > 0) if benchmark == "math500" and helps else (few.problem >= 0) if benchmark != "gsm8k" else (few.problem < 0)
+        start = few[few.step == 0]
+        idle = pd.concat([start.assign(step=0), start.assign(step=120)])
+        mixed = pd.concat([idle[idle.problem.isin(few.problem[still])], few[~still]])
+        write_table(table_file(condition, "paper"), mixed.assign(**condition_labels(condition), benchmark=benchmark))
+    names = run_cells("harder")
+    held = [one["holds"] for one in names["verdict"].predictions]
+    assert names["verdict"].status == ("partly reproduced" if helps else "undecided") and held[:3:2] == [True if helps else None, True]
+    assert "60 of gsm8k, 40 of math500" in " ".join(names["figure"].get_supxlabel().split())

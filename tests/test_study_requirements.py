@@ -238,8 +238,9 @@ def test_figures_of_the_paper():
     "What needs the generator is not there, and says so; `all` is what there is."
     absent = {"precision", "when", "errors", "controls", "transfer"}
     assert set(FIGURES) - set(figures_at("paper")) == absent and [one.name for one in choose_figures(["all"], "paper")] == figures_at("paper")
-    for preset in ("smoke", "laptop", "gpu"):
-        assert figures_at(preset) == list(FIGURES)
+    assert figures_at("smoke") == list(FIGURES)
+    for preset in ("laptop", "gpu"):
+        assert set(FIGURES) - set(figures_at(preset)) == {"harder"}
 
 
 @pytest.mark.parametrize("preset", ["gpu", "paper"])

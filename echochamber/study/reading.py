@@ -191,9 +191,13 @@ def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     where = "" if len(alone) == len(tables.pretrainings) else f" under {', '.join(alone)}"
     halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
-    count = len({benchmark for one in measured(tables) for benchmark in one.benchmarks or ("usual",)})
-    several = f" of each of {count} benchmarks" if count > 1 else ""
-    counts = f"{counted(tables.problems, 'problem')}{several} · {counted(tables.samples, 'sample')} each"
+    problems = tables.evaluation.groupby("condition", observed=True).problem.nunique()
+    asked = {", ".join(one.benchmarks): problems[one.name] for one in measured(tables)}  # by benchmark
+    several = f" of each of {len(asked)} benchmarks" if len(asked) > 1 else ""
+    counts = f"{counted(tables.problems, 'problem')}{several}"
+    if len(set(asked.values())) > 1:
+        counts = f"{', '.join(f'{count:,} of {name}' for name, count in asked.items())} problems"
+    counts += f" · {counted(tables.samples, 'sample')} each"
     return caption(figure, counts, tables.seed_counts, tables.preset, model_sizes(tables), ", ".join([*said, *notes]))
 
 # %% ../../nbs/study/07_reading.ipynb #c29dd76e

@@ -30,8 +30,8 @@ from ..core import StrictConfig, StudyError, describe_validation_error, outputs_
 from ..data.problems import FAMILIES
 from ..plots import FORMAT_STYLE, counted
 from .conditions import Condition, mixture_of
-from .figures import FIGURES, Figure, conditions_at, picture_file, seeds_text, table_file
-from .figures import verdict_file
+from .figures import FIGURES, Figure, conditions_at, figures_at, picture_file, seeds_text
+from .figures import table_file, verdict_file
 from .fingerprint import notebooks_folder
 from .presets import find_preset
 from .reading import ANSWERS
@@ -606,7 +606,8 @@ def report_page(preset: str = "laptop", ship: bool = True, base: str = "../nbs")
     return templates.get_template("page").render(
         style=Markup(STYLE), preset=preset, ship=ship, base=base, rows=rows, overview=overview,
         articles=[article(name, preset, ship, base) for name in rows], unexpected=unexpected,
-        missing=[f"{short_name(name)}, {one.title}" for name, one in FIGURES.items() if name not in rows],
+        missing=[f"{short_name(name)}, {one.title}" for name, one in FIGURES.items()
+                 if name not in rows and name in figures_at(preset)],
         parameters=f"{scale.decoders['default'].num_parameters:,}", costs=cost_rows(rows, preset),
         computed=ship and where_computed(rows, preset) or f"made for {scale.machine}",
         methods=to_html(METHODS, "", base),
