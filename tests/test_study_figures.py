@@ -179,13 +179,34 @@ def test_a_table_does_not_grow_with_rows_of_another_edition(tmp_path):
         with_rows_kept(file, new.assign(style="short names"), [1])
 
 
-@pytest.mark.parametrize("asked, same, kept", [("3", True, "0-4"), ("5", True, ""), ("5-7", True, "0-4"), ("2-6", True, "0-1"), ("5-7", False, "")])
+@pytest.mark.parametrize("asked, same, kept", [("3", True, "5"), ("5", True, ""), ("5-7", True, "5"), ("2-6", True, "2"), ("5-7", False, "")])
 def test_seeds_stay_that_this_code_computed_and_that_do_not_come_again(tmp_path, monkeypatch, asked, same, kept):
     monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
-    file = table_file(Condition(), "laptop").with_suffix(".json")
-    file.parent.mkdir(parents=True)
-    code = {run.stage: run.code if same else "other" for run in runs_of(Condition(), "laptop", 0)}
-    file.write_text(json.dumps({"seeds": [0, 1, 2, 3, 4], "code": code}))
-    expected = parse_seeds(kept) if kept else []
-    assert seeds_kept(Condition(), "laptop", parse_seeds(asked)) == expected
-    assert seeds_kept(Condition(pretraining_seed=0), "laptop", parse_seeds(asked)) == []
+    for condition, expected in ((Condition(), parse_seeds(kept) if kept else []), (Condition(pretraining_seed=0), [])):
+        runs = [run for seed in range(5) for run in runs_of(condition, "laptop", seed)]
+        write_table(table_file(condition, "laptop", "_costs"), pd.DataFrame({"reference": [run.reference for run in runs]}))
+        code = {run.stage: run.code if same else "other" for run in runs}
+        table_file(condition, "laptop").with_suffix(".json").write_text(json.dumps({"seeds": [0, 1, 2, 3, 4], "code": code}))
+        assert seeds_kept(condition, "laptop", parse_seeds(asked)) == expected
+
+
+def test_seeds_of_another_preset_do_not_stay(tmp_path, monkeypatch):
+    "A preset is no code: what it says is in the names of the runs, which the table of costs tells."
+    monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
+    costs = table_file(Condition(), "laptop", "_costs")
+    write_table(costs, pd.DataFrame({"reference": [run.reference for seed in (0, 1) for run in runs_of(Condition(), "laptop", seed)]}))
+    code = {run.stage: run.code for run in runs_of(Condition(), "laptop", 0)}
+    costs.with_name("grpo.json").write_text(json.dumps({"seeds": [0, 1], "code": code}))
+    assert seeds_kept(Condition(), "laptop", [5]) == [0, 1]
+    rows = pd.read_parquet(costs).astype(str)
+    write_table(costs, rows.assign(reference=[name.replace("seed1-", "seed1-0") for name in rows.reference]))
+    assert seeds_kept(Condition(), "laptop", [5]) == [0]
+    costs.write_bytes(b"damaged")
+    assert seeds_kept(Condition(), "laptop", [5]) == []
+
+
+def test_every_shipped_seed_would_stay():
+    "Nothing in the repository is of another code or preset: tables can grow by seeds that are computed elsewhere."
+    conditions = {one.name: one for name in COMMITTED for one in FIGURES[name].conditions if (SHIPPED / f"{one.name}.json").exists()}
+    for name, condition in conditions.items():
+        assert seeds_kept(condition, "laptop", [99]) == json.loads((SHIPPED / f"{name}.json").read_text())["seeds"], name

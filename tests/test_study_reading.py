@@ -257,18 +257,22 @@ def test_a_seed_that_stands_for_two_pretrainings_is_refused():
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_rl_on_one_set_helps_on_a_harder_one_only_if_it_does(tmp_path, monkeypatch, helps):
-    "The figure of real problems at preset paper: what the small model writes, told as the paper's, of sets of three sizes."
+    """The figure of real problems at preset paper, on what the small model writes: all of GSM8K gains, of MATH-500 half of
+    what models with OpenMathInstruct-2 are asked, or nothing."""
     monkeypatch.setenv("ECHOCHAMBER_OUTPUTS", str(tmp_path))
     rows = pd.read_parquet(SHIPPED / "ppo.parquet").query("step in (0, 120)").astype({"format": str, "outcome": str, "benchmark": str})
     for condition in conditions_at(FIGURES["harder"], "paper"):
         benchmark = condition.benchmarks[0]
-        few = rows[rows.problem < {"gsm8k": 60, "math500": 40, "aime": 20}[benchmark]]
-        still = (few.problem % 5 > 0) if benchmark == "math500" and helps else (few.problem >= 0) if benchmark != "gsm8k" else (few.problem < 0)
+        few = rows[rows.problem < {"gsm8k": 200, "math500": 180, "aime": 90}[benchmark]]
+        gains = {"gsm8k": 1, "math500": 2 if helps and condition.mixture != "tinygsm-omi1-4x" else 1000, "aime": 1000}[benchmark]
         start = few[few.step == 0]
-        idle = pd.concat([start.assign(step=0), start.assign(step=120)])
-        mixed = pd.concat([idle[idle.problem.isin(few.problem[still])], few[~still]])
+        start = start.assign(outcome="wrong") if benchmark == "aime" else start
+        idle = pd.concat([start, start.assign(step=120)])
+        mixed = pd.concat([idle[idle.problem % gains > 0], few[few.problem % gains == 0]])
         write_table(table_file(condition, "paper"), mixed.assign(**condition_labels(condition), benchmark=benchmark))
     names = run_cells("harder")
     held = [one["holds"] for one in names["verdict"].predictions]
-    assert names["verdict"].status == ("partly reproduced" if helps else "undecided") and held[:3:2] == [True if helps else None, True]
-    assert "60 of gsm8k, 40 of math500" in " ".join(names["figure"].get_supxlabel().split())
+    assert [held[place] for place in (0, 2, 4)] == [helps, True, True], names["verdict"].table.to_string()
+    assert held[3] is (True if helps else None) and held[5] is None, "one model stays as it was beyond"
+    assert (names["verdict"].status == "not reproduced") == bool(names["verdict"].refuted_by) == (not helps)
+    assert "200 problems of gsm8k, 180 of math500, 90 of aime" in " ".join(names["figure"].get_supxlabel().split())

@@ -192,11 +192,11 @@ def write_caption(figure: Figure, tables: Tables, *notes: str) -> str:
     halo = any(line.get_path_effects() for axes in figure.axes for line in axes.lines)  # of `draw_own_seed`
     said = [f"one pretraining{where}"] * bool(alone) + ["white halo: your own seed"] * halo
     problems = tables.evaluation.groupby("condition", observed=True).problem.nunique()
-    asked = {", ".join(one.benchmarks): problems[one.name] for one in measured(tables)}  # by benchmark
+    asked = {", ".join(one.benchmarks or ("the preset's",)): problems[one.name] for one in measured(tables)}
     several = f" of each of {len(asked)} benchmarks" if len(asked) > 1 else ""
     counts = f"{counted(tables.problems, 'problem')}{several}"
     if len(set(asked.values())) > 1:
-        counts = f"{', '.join(f'{count:,} of {name}' for name, count in asked.items())} problems"
+        counts = ", ".join(f"{count:,} of {name}" for name, count in asked.items()).replace(" of", " problems of", 1)
     counts += f" · {counted(tables.samples, 'sample')} each"
     return caption(figure, counts, tables.seed_counts, tables.preset, model_sizes(tables), ", ".join([*said, *notes]))
 
@@ -474,9 +474,11 @@ def write_tables(folder: Path, verdict: Verdict, results: Results, finding: str,
             | {label: with_interval(value(results, (name, step), metric)) for label, metric in wanted.items()}
             for name, step in table[["condition", "step"]].drop_duplicates().itertuples(index=False)]
     write_text(folder / "tables.csv", table.to_csv(index=False, float_format="%.4f"))
+    problems = sorted(results.evaluation.groupby("condition", observed=True).problem.nunique().unique())
     head = f"# {verdict.claim}: {verdict.status}\n\n{finding[:1].upper()}{finding[1:]}. {own}".rstrip()
     write_text(folder / "tables.md", f"{head}\n\n{to_markdown(verdict.table)}\n"
-               f"Where each condition begins and ends (preset {results.preset}, {results.problems} problems, intervals "
+               f"Where each condition begins and ends (preset {results.preset}, "
+               f"{' or '.join(f'{count:,}' for count in problems)} problems, intervals "
                f"of 95 % over problems and seeds):\n\n"
                f"{to_markdown(pd.DataFrame(rows))}")
 
@@ -515,7 +517,7 @@ def own_seed_line(results: Results, checkpoint: Checkpoint, metrics: dict[str, M
         shipped = shipped[~shipped.seed.isin(own.seed)]
     values = {name: [seed_values(rows, metric, results.ks) for rows in (own, shipped)]
               for name, metric in metrics.items()}
-    said = [f"{name} {place_of(*pair, results.problems, narrow)}" for name, pair in values.items()]
+    said = [f"{name} {place_of(*pair, shipped.problem.nunique(), narrow)}" for name, pair in values.items()]
     if narrow:
         said.append("the shipped seeds share one pretraining, and pretrainings differ more than that, so their spread "
                     "is too narrow to judge by")

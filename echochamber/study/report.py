@@ -557,7 +557,8 @@ Completions are graded one by one: the format is parsed, programs run in a sandb
 same problems and the same random streams ([metrics](grading/04_metrics.ipynb)). A verdict follows from its predictions:
 headlines decide whether a claim is reproduced, all of them whether fully or partly ([reading](study/07_reading.ipynb)).
 *Yes* and *no* follow the wording of a prediction: one that asks for an interval on one side of 0 is a *no* where the
-interval holds 0, however wide it is; one that names a margin is *undecided* where the interval cannot tell.
+interval holds 0, however wide it is, unless it says otherwise; one that names a margin is *undecided* where the
+interval cannot tell.
 
 Which format wins is no discovery about formats. The sources are written by us, their errors too
 ([corpora](data/02_corpora.ipynb)), and these decide which format is the most accurate when RL begins.

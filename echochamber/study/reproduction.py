@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRICE', 'choose_figures', 'figures_left_out', 'runs_of_figures', 'seconds_left', 'study_overview', 'corpus_costs',
            'costs_of', 'figure_costs', 'cost_table', 'cost_line', 'run_lines', 'lines_of_needs', 'seeds_given_up',
-           'run_of_config', 'reproduce', 'ship', 'compute_seed']
+           'run_of_config', 'reproduce', 'shipped_hashes', 'require_one_model', 'ship', 'compute_seed']
 
 # %% ../../nbs/study/11_reproduction.ipynb #5d1b4b8a
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ from ..data.preparation import STORED_BYTES_PER_TOKEN, TOKENS_PER_SECOND
 from ..data.sources import find_source
 from ..data.token_files import PreparedMixtureConfig
 from .conditions import expected_seconds
-from .figures import FIGURES, Figure, collect, conditions_at, figure_run, figure_runs, figures_at
-from .figures import publish, read_if_there, redraw, seeds_kept, seeds_text, shipped_seeds
-from .figures import table_file, verdict_file
+from .figures import FIGURES, Figure, Grown, collect, conditions_at, figure_run, figure_runs
+from .figures import figures_at, publish, read_if_there, redraw, seeds_kept, seeds_text, shipped_seeds
+from .figures import table_file, table_hashes, verdict_file
 from .graph import clock, execute, visible_gpus
 from .presets import PRESETS, find_preset
 from .requirements import disk_bytes, missing_requirements
@@ -58,7 +58,7 @@ def seconds_left(runs: Sequence[Run], preset: str) -> float:
     return sum(expected_seconds(run, preset) for run in runs if not run.done)
 
 # %% ../../nbs/study/11_reproduction.ipynb #d6a08040
-def study_overview(seeds: int) -> pd.DataFrame:
+def study_overview(seeds: int | Sequence[int]) -> pd.DataFrame:
     """One row per figure and preset: `figure, claim, preset`, runs `done` of `runs`, `seconds` left, `verdict` so far.
 
     A figure that a preset does not have is left out there."""
@@ -146,13 +146,14 @@ def lines_of_needs(runs: Sequence[Run]) -> list[str]:
 
 # %% ../../nbs/study/11_reproduction.ipynb #2961e67f
 def seeds_given_up(figures: Sequence[Figure], preset: str, seeds: Sequence[int]) -> list[str]:
-    "A sentence for each condition whose shipped tables rest on more seeds than there will be when these are shipped."
+    "A sentence for each condition whose shipped tables lose seeds when these are shipped."
     said = []
     for condition in dict.fromkeys(one for figure in figures for one in conditions_at(figure, preset)):
         there, _ = shipped_seeds(condition, preset)
-        if len(there) > len({*seeds, *seeds_kept(condition, preset, seeds)}):
-            said.append(f"{table_file(condition, preset)}: rests on {len(there)} seeds and gives way to {len(seeds)}; "
-                        f"with --seeds {seeds_text(there)} there are as many again")
+        if lost := set(there) - {*seeds, *seeds_kept(condition, preset, seeds)}:
+            said.append(f"{table_file(condition, preset)}: rests on {len(there)} seeds, of which other code or another "
+                        f"preset computed {', '.join(map(str, sorted(lost)))}, and these go; "
+                        f"--seeds {seeds_text({*there, *seeds})} computes them again")
     return said
 
 # %% ../../nbs/study/11_reproduction.ipynb #bb0aac7b
@@ -175,15 +176,33 @@ def reproduce(figures: Sequence[Figure], preset: str, seeds: Sequence[int] = (0,
         lines = {drawing.config.figure: publish(drawing) for drawing in drawings if drawing.done}
     return lines
 
+# %% ../../nbs/study/11_reproduction.ipynb #5eed0120
+def shipped_hashes(preset: str) -> dict[str, dict[str, str]]:
+    "Content of the shipped tables of every figure that a preset has, by its name."
+    return {name: table_hashes(FIGURES[name], preset) for name in figures_at(preset)}
 
+
+def require_one_model(figure: Figure, preset: str, grown: Grown) -> None:
+    "Raises `StudyError` if with these tables a seed would stand for two pretrainings of one figure."
+    from echochamber.study.reading import Tables, require_common_starts  # which imports scipy and matplotlib
+    files = {one.name: table_file(one, preset) for one in conditions_at(figure, preset)}
+    tables = [(grown[file] if file in grown else pd.read_parquet(file)).assign(condition=name)
+              for name, file in files.items() if file in grown or file.exists()]
+    require_common_starts(Tables(pd.concat(tables), conditions=conditions_at(figure, preset)))
+
+# %% ../../nbs/study/11_reproduction.ipynb #5eed0122
 def ship(figures: Sequence[Figure], preset: str, seeds: Sequence[int], **options) -> dict[str, str]:
-    """Compute what is missing, collect it into the tables that the repository ships, draw the figures from them.
+    """Compute what is missing, collect it into the tables that the repository ships, draw what rests on them.
 
-    `options` go to `execute`. Raises `StudyError` if a run fails; then nothing is collected."""
+    `options` go to `execute`. Raises `StudyError` if a run fails, or if a seed would stand for two pretrainings; then
+    nothing is collected."""
     execute(runs_of_figures(figures, preset, seeds), lambda run: expected_seconds(run, preset), **options)
+    before = shipped_hashes(preset)
     for figure in figures:
-        collect(figure, preset, seeds)
-    return redraw(preset, [figure.name for figure in figures])
+        collect(figure, preset, seeds, lambda grown, figure=figure: require_one_model(figure, preset, grown))
+    changed = {name for name, hashes in shipped_hashes(preset).items() if hashes != before[name]}
+    asked = {figure.name for figure in figures}
+    return redraw(preset, [name for name in figures_at(preset) if name in changed | asked])
 
 # %% ../../nbs/study/11_reproduction.ipynb #5eed0002
 def compute_seed(figures: Sequence[Figure], preset: str, seed: int, **options) -> str:
@@ -193,4 +212,4 @@ def compute_seed(figures: Sequence[Figure], preset: str, seed: int, **options) -
     runs = runs_of_figures(figures, preset, [seed])
     computed = execute(runs, lambda run: expected_seconds(run, preset), **options)
     return (f"seed {seed} is complete, {computed} of its {len(runs)} runs computed now; the same command draws with "
-            "--seeds, all the seeds, in the place of --only-seed")
+            "--seeds, which names all of them, in the place of --only-seed")
