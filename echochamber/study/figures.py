@@ -475,7 +475,7 @@ def grown_tables(condition: Condition, preset: str, seeds: Sequence[int]) -> Gro
     return {files[part]: with_rows_kept(files[part], table, kept) for part, table in tables.items()} | {
         file: with_origin_kept(read_if_there(file), origin) if kept else origin}
 
-
+# %% ../../nbs/study/06_figures.ipynb #5eed010b
 def collect(figure: Figure, preset: str, seeds: Sequence[int], agree: Callable[[Grown], None] = lambda grown: None
             ) -> None:
     """Ship the tables of all conditions of a figure over these seeds, once they `agree` that they may be.
