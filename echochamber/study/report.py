@@ -273,7 +273,8 @@ PREDICTED = {  # commits that wrote or changed the predictions of a figure, olde
     "kl": "7430e1b 1050973", "when": "7430e1b 1050973", "budget": "7430e1b 1050973",
     "errors": "49dc2c2 f59c146", "entropy": "3729721", "verifier": "3f147ed 1050973",
     "mixture_ratio": "3dd4f12 1050973", "one_source": "3dd4f12 1050973", "controls": "3dd4f12 1050973",
-    "scale": "5662d9d 1050973", "transfer": "5662d9d", "iteration": "5662d9d 1050973",
+    "scale": "5662d9d 1050973", "transfer": "5662d9d", "harder": "3277b13 04677f4",
+    "iteration": "5662d9d 1050973",
     "theory": "92e6b68 1050973 50d2de8"}
 HISTORY = "git log -L'/Prediction/,/What would refute/:nbs/figures/{}.ipynb'"  # how each of them was worded
 
