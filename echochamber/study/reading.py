@@ -164,12 +164,13 @@ def with_common_seeds(tables: Tables) -> Tables:
         told = "; ".join(f"{name}: {sorted(seeds)}" for name, seeds in by_condition.items())
         raise StudyError(f"the conditions have no seed in common ({told}); compute one of them for all")
     evaluation = tables.evaluation[tables.evaluation.seed.isin(common)]
-    training = tables.training
-    if len(training):
-        read = training.stage == "pretrain"
-        training = training[training.seed.isin(evaluation.pretraining_seed.unique()) & read
-                            | training.seed.isin(common) & ~read]
-    common_seeds = replace(tables, evaluation=evaluation, training=training)
+
+    def kept(rows: pd.DataFrame) -> pd.DataFrame:  # a pretraining is told under a seed of its own
+        seeds = {True: set(evaluation.pretraining_seed), False: common}
+        return rows[[seed in seeds[stage == "pretrain"] for seed, stage in zip(rows.seed, rows.stage, strict=True)]]
+
+    training, costs = (kept(rows) if len(rows) else rows for rows in (tables.training, tables.costs))
+    common_seeds = replace(tables, evaluation=evaluation, training=training, costs=costs)
     require_common_starts(common_seeds)
     return common_seeds
 
