@@ -2,11 +2,12 @@
 import io
 import os
 import signal
+import time
 
 import nbformat
 import pytest
 from rich.console import Console
-from toy_study import alive, environment, family_at_the_gate, start_session
+from toy_study import alive, environment, family_at_the_gate, finished, start_session
 from toy_study import write_notebook as write_toy_notebook
 
 from echochamber.core import StrictConfig, refused
@@ -132,3 +133,21 @@ def test_interrupted_session_ends_its_executors_before_itself(tmp_path):
     _, complaint = session.communicate(timeout=60)
     assert session.returncode == 130 and "run the same command to continue" in complaint and "Traceback" not in complaint
     assert not any(map(alive, family)), "the prompt came back before everything had ended"
+
+
+def test_a_session_that_slept_goes_on(tmp_path):
+    "Dask takes workers that were silent for minutes for dead, and waits for others; those of a laptop that sleeps come back."
+    write_toy_notebook(tmp_path / "nbs")
+    impatient = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "100ms"}  # ten times the interval of heartbeats, Dask adds
+    session = start_session(str(tmp_path / "gate"), env=environment(tmp_path) | impatient)
+    family_at_the_gate(tmp_path, session)
+    session.send_signal(signal.SIGSTOP)
+    time.sleep(12)
+    session.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    (tmp_path / "gate").touch()
+    try:
+        printed, complaint = session.communicate(timeout=90)
+    finally:
+        session.kill()
+    assert session.returncode == 0 and finished(tmp_path, "first", "second", "third"), (printed, complaint)

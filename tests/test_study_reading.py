@@ -266,7 +266,7 @@ def test_rl_on_one_set_helps_on_a_harder_one_only_if_it_does(tmp_path, monkeypat
     rows = pd.read_parquet(SHIPPED / "ppo.parquet").query("step in (0, 120)").astype({"format": str, "outcome": str, "benchmark": str})
     for condition in conditions_at(FIGURES["harder"], "paper"):
         benchmark = condition.benchmarks[0]
-        few = rows[rows.problem < {"gsm8k": 200, "math500": 180, "aime": 90}[benchmark]]
+        few = rows[rows.problem < {"gsm8k": 60, "math500": 180, "aime": 90}[benchmark]]
         gains = {"gsm8k": 1, "math500": 2 if helps and condition.mixture != "tinygsm-omi1-4x" else 1000, "aime": 1000}[benchmark]
         start = few[few.step == 0]
         start = start.assign(outcome="wrong") if benchmark == "aime" else start
@@ -278,4 +278,4 @@ def test_rl_on_one_set_helps_on_a_harder_one_only_if_it_does(tmp_path, monkeypat
     assert [held[place] for place in (0, 2, 4)] == [helps, True, True], names["verdict"].table.to_string()
     assert held[3] is (True if helps else None) and held[5] is None, "one model stays as it was beyond"
     assert (names["verdict"].status == "not reproduced") == bool(names["verdict"].refuted_by) == (not helps)
-    assert "200 problems of gsm8k, 180 of math500, 90 of aime" in " ".join(names["figure"].get_supxlabel().split())
+    assert "60 problems of gsm8k, 180 of math500, 90 of aime" in " ".join(names["figure"].get_supxlabel().split())

@@ -160,6 +160,7 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
     """A Dask client: of this process, of a scheduler at an address, or of a SLURM cluster described by a JSON file.
 
     Raises `StudyError` if no scheduler answers, or the file describes no cluster."""
+    import dask
     from distributed import Client, LocalCluster
     for name in ("distributed", "distributed.client"):  # whose import has set their levels
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -168,9 +169,10 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
             scheduler = stack.enter_context(slurm_cluster(slurm))
             submit_jobs(scheduler, workers)
         elif not scheduler:
-            scheduler = stack.enter_context(LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0, silence_logs=logging.CRITICAL,
-                dashboard_address="127.0.0.1:0"))
+            with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # silent are workers of a laptop that slept
+                scheduler = stack.enter_context(LocalCluster(
+                    n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0,
+                    silence_logs=logging.CRITICAL, dashboard_address="127.0.0.1:0"))
         if isinstance(scheduler, str) and not re.search(r":\d+$", scheduler):
             raise StudyError(f"{scheduler}: no Dask scheduler answers there, for it is no address like "
                              "tcp://host:8786; give one, or leave --scheduler out")
