@@ -169,7 +169,7 @@ def dask_client(workers: int, scheduler: str | None = None, slurm: Path | None =
             scheduler = stack.enter_context(slurm_cluster(slurm))
             submit_jobs(scheduler, workers)
         elif not scheduler:
-            with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # silent are workers of a laptop that slept
+            with dask.config.set({"distributed.scheduler.worker-ttl": None}):  # a laptop that sleeps is silent
                 scheduler = stack.enter_context(LocalCluster(
                     n_workers=workers, threads_per_worker=1, processes=False, memory_limit=0,
                     silence_logs=logging.CRITICAL, dashboard_address="127.0.0.1:0"))
