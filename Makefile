@@ -23,7 +23,7 @@ help:
 	@echo "make figures     draw every figure again from the shipped results, without training"
 	@echo "make test        lint, notebooks in sync, every notebook's checks, pytest, the whole study at preset smoke"
 	@echo "make sessions    more of pytest: whole sessions that are killed, interrupted and continued, schedulers, SLURM jobs, several"
-	@echo "                 ranks, corpora from a hub, compiled pretraining, the front page computed again, JupyterLab (CI runs both)"
+	@echo "                 ranks, corpora from a hub, compiled pretraining, figures and front page drawn again, JupyterLab (CI runs both)"
 	@echo "make fuzz        property tests on new random examples for FUZZ_MINUTES (20)"
 	@echo "make gpu         on a GPU, under nine minutes: tests marked cuda, the benchmarks, convergence at preset gpu as far as it"
 	@echo "                 comes (it resumes); results in outputs/ (DEVICE=cpu tries the same with tiny sizes, four minutes)"
