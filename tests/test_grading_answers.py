@@ -113,7 +113,7 @@ def test_one_completion_never_ends_the_run(grader):
 
 @pytest.mark.parametrize("text, runs_on", [
     (r"\boxed{18}", False), ("So \\boxed{18}.\n\nQuestion: and 3 more?\n\\boxed{21}", True), ("Question: 3 x 6?\n\nAnswer: 18", False),
-    ("Let me see.\n\nQuestion: 3 x 6?\n\nThe answer is 18.", False), ("#### 18\n\n### Problem 2\n: 5", False),
+    ("Let me see.\n\nQuestion: 3 x 6?\n\nThe answer is 18.", False), ("#### 18\n\n### Problem 2\n: 5", True),
 ])
 def test_running_on_is_told(grader, text, runs_on):
     [grade] = grader.grade([text], ["18"])
@@ -182,8 +182,8 @@ def test_huge_completions_are_graded_quickly(grader, text):
 @pytest.mark.parametrize("body, outcome, extracted", [
     ("return 18", "correct", "18"), ("return 18.0", "correct", "18"), ("return 18.000000000000004", "correct", "18"),
     ("return 54 / 3", "correct", "18"), ("return 0.1 * 180", "correct", "18"), ("return '18 dollars'", "correct", "18 dollars"),
-    ("return 18.00001", "wrong", "18.00001"), ("return True", "wrong", "True"), ("return [18]", "wrong", "<list>"),
-    ("return 'eighteen'", "wrong", "eighteen"), ("return float('inf')", "wrong", "inf"), ("return 10**4000", "wrong", None),
+    ("return 18.00001", "wrong", "18.00001"), ("return True", "wrong", "True"), ("return [18]", "correct", "18"),
+    ("return 'eighteen'", "correct", "eighteen"), ("return float('inf')", "wrong", "inf"), ("return 10**4000", "wrong", None),
     ("print(18)", "no_answer", None), ("return None", "no_answer", None), ("return ''", "no_answer", None),
     ("return 18 +", "error", None), ("return apples", "error", None), ("return (18", "error", None), ('"""18', "error", None),
     ("raise ValueError('18')", "error", None), ("while True: pass", "timeout", None), ("import numpy", "unsupported", None),

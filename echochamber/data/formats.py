@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADER', 'FRAMES', 'HEADER', 'OPENING', 'CALL',
-           'PRINT', 'FENCE', 'PYTHON', 'PROSE', 'TAG', 'BRACE', 'MARKUP', 'MATH', 'EXPRESSION', 'TURN',
-           'LONGEST_PHRASE', 'HASHES', 'SENTENCE', 'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'NEXT_QUESTION', 'StyleConfig',
-           'replace_operation', 'inject_errors', 'unique_identifiers', 'program_lines', 'render_tinygsm', 'render_omi1',
-           'render_omi2', 'render_solution', 'join_document', 'statement_ends', 'read_statement', 'does_something',
-           'bound_names', 'Code', 'find_code', 'statements', 'needs_arguments', 'own_call', 'final_call', 'fenced',
-           'fences', 'code_blocks', 'last_box', 'cut_at_turn', 'read_phrase', 'stated_answer', 'Parsed',
-           'parse_program', 'defines_function', 'parse_text', 'parse_completion', 'recognise']
+           'PRINT', 'HARMLESS', 'FENCE', 'IS_PYTHON', 'PYTHON', 'OTHERS', 'PROSE', 'TAG', 'BRACE', 'BARE', 'BEFORE',
+           'BEHIND', 'MARKUP', 'MATH', 'EXPRESSION', 'PART', 'TURN', 'LONGEST_PHRASE', 'EQUALS', 'HASHES', 'SENTENCE',
+           'HEADING', 'LEADS_IN', 'IN_WORDS', 'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'ASKED', 'NEXT_QUESTION',
+           'END_OF_TEXT', 'INLINE', 'COMMENT', 'LIKE_CODE', 'INDENTED', 'StyleConfig', 'replace_operation',
+           'inject_errors', 'unique_identifiers', 'program_lines', 'render_tinygsm', 'render_omi1', 'render_omi2',
+           'render_solution', 'join_document', 'statement_ends', 'read_statement', 'does_something', 'bound_names',
+           'Code', 'states_a_number', 'begins_again', 'find_code', 'statements', 'needs_arguments', 'called', 'shows',
+           'own_answer', 'without_own_call', 'final_call', 'long_strings', 'inside', 'language', 'fenced', 'fences',
+           'code_blocks', 'last_box', 'cut_at_turn', 'read_phrase', 'words_of', 'after_hashes', 'in_a_sentence',
+           'touched', 'stated_answer', 'Parsed', 'is_statement', 'is_loose_code', 'without_code', 'without_comments',
+           'beside', 'indented_block', 'parse_program', 'defines_function', 'parse_text', 'plain_text', 'in_a_block',
+           'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -22,6 +27,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from string import ascii_lowercase
 
 from pydantic import Field, field_validator
@@ -177,7 +183,7 @@ def statement_ends(text: str, start: int) -> tuple[int, int]:
     return header or len(text), comment or len(text)
 
 # %% ../../nbs/data/01_formats.ipynb #570c6ed9
-FRAMES = (("", ""), ("", "\n pass"), ("", "\ndef f(): pass"), ("", "\n pass\nfinally: pass"),
+FRAMES = (("", ""), ("", "\n pass"), ("", "\ndef _(): pass"), ("", "\n pass\nfinally: pass"),
           ("if 1:\n pass\n", "\n pass"), ("try:\n pass\n", "\n pass"))
 
 
@@ -196,14 +202,15 @@ def read_statement(header: str) -> ast.stmt | None:
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a02
 HEADER = re.compile(r"(?:async )?def [^\W\d][\w\\]{0,99}+ ?\(")
-OPENING = re.compile(r"""[@"'(\[]|[^\W\d][\w.\\]*+(?:$|[ ]?[(\[=:+*/,-]|[ ][^\W\d"'(\[{])""",
+OPENING = re.compile(r"""[@"'(\[]|[^\W\d][\w.\\]*+(?:$|[ ]?[(\[=:+*/,-]|[ ][^\W\d"'(\[{]|[ ]+\#)""",
                      re.MULTILINE)  # what code may open with
 CALL = re.compile(r"(?:await )?[\w.]+\(")
-PRINT = re.compile(r"print\(")
+PRINT = re.compile(r"print ?\(")
 
 
 def does_something(statement: ast.stmt, header: str, names: set[str]) -> bool:
     "Whether a statement is code, not prose that happens to parse; `names` are those that the code above has bound."
+    names = names | bound_names(statement)
     if isinstance(statement, ast.AnnAssign):
         return statement.value is not None
     if not isinstance(statement, ast.Expr):
@@ -216,9 +223,9 @@ def does_something(statement: ast.stmt, header: str, names: set[str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def bound_names(statement: ast.stmt) -> frozenset[str]:
-    "The names that a statement binds."
+    "The names that a statement binds; a decorator alone binds none."
     if hasattr(statement, "name"):
-        return frozenset({statement.name})
+        return frozenset({statement.name} - {"_"})
     return frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name)
                      and isinstance(node.ctx, ast.Store))
 
@@ -240,10 +247,24 @@ class Code:
         self.broken |= statement is None
         self.prints |= PRINT.match(header) is not None
         self.defines |= HEADER.match(header) is not None
-        self.acts |= not isinstance(statement, ast.Assign | ast.AnnAssign)
+        self.acts = self.acts or bool(self.names) or "#" in header or not states_a_number(statement)
         self.names |= bound_names(statement) if statement else frozenset()
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a06
+def states_a_number(statement: ast.stmt | None) -> bool:
+    "Whether a statement gives a name to a number, as prose does too: `x = 18`."
+    return (isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
+            and all(isinstance(node, ast.Constant | ast.UnaryOp | ast.USub) for node in ast.walk(statement.value))
+            and not isinstance(getattr(statement.value, "value", None), str))
+
+
+def begins_again(statement: ast.stmt | None, names: set[str], text: str) -> bool:
+    "Whether a function is defined once more by a text that goes on with another question, not a helper's second try."
+    if not isinstance(statement, ast.FunctionDef) or statement.name not in names:
+        return False
+    return "simple_math_problem" in (statement.name, *names) or "def simple_math_problem(" not in text
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a60
 def find_code(text: str) -> Code | None:
     "The first program in a text outside of fences; one that is broken ends with the text."
     code, position, prose = None, 0, False
@@ -256,8 +277,8 @@ def find_code(text: str) -> Code | None:
                 header_end, end = statement_ends(text, position)
                 header = text[position:header_end]
                 statement = read_statement(header.strip())
-            if code and isinstance(statement, ast.FunctionDef) and statement.name in code.names:
-                break  # the same function once more: the text goes on with another question
+            if code and begins_again(statement, code.names, text[position:]):
+                break  # the text goes on with another question
             if sure or statement is not None and does_something(statement, header, code.names if code else set()):
                 code = code or Code(position)
                 code.add(statement, header, end)
@@ -287,56 +308,130 @@ def needs_arguments(function: ast.FunctionDef) -> bool:
     return len(arguments.posonlyargs + arguments.args) > len(arguments.defaults) or None in arguments.kw_defaults
 
 
-def own_call(code: str, functions: Sequence[str]) -> str | None:
-    "The last statement at the margin that calls one of the functions: `name` for `name = …`, else an empty text."
-    names, found = "|".join(map(re.escape, functions)), None
-    for statement, text in statements(code):
-        if not isinstance(statement, ast.FunctionDef | ast.ClassDef | None) and re.search(rf"\b(?:{names})\(", text):
-            target = getattr(statement, "targets", [None])[0]
-            found = target.id if isinstance(target, ast.Name) else ""
-    return found
+@lru_cache(maxsize=4096)
+def called(text: str) -> frozenset[str]:
+    "The names of the functions that a statement calls, with all that it contains; none if it is no Python."
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset(re.findall(r"\b(\w+)\(", text))
+    return frozenset(node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a51
+def shows(statement: ast.stmt | None, text: str) -> bool:
+    "Whether a statement prints more than words of its own."
+    if "print" not in called(text) or statement is None:
+        return False
+    parts = [one for one in ast.walk(statement) if isinstance(one, ast.Name | ast.Constant)]
+    words = [one.value for one in parts if isinstance(getattr(one, "value", None), str)]
+    computes = any(isinstance(one, ast.Name) and one.id != "print" for one in parts)
+    return computes or not words or re.search("[0-9]", "".join(words)) is not None
+
+
+def own_answer(cells: Sequence[str], functions: set[str]) -> str | None:
+    "What a program that calls its functions itself ends in: a name, or nothing if it shows it; `None` without a call."
+    margin = [(one, text) for cell in cells for one, text in statements(cell)
+              if not isinstance(one, ast.FunctionDef | ast.ClassDef)]
+    first = next((place for place, (_, text) in enumerate(margin) if functions & called(text)), None)
+    if first is None:
+        return None
+    for statement, text in reversed(margin[first:]):
+        if shows(statement, text) or isinstance(statement, ast.Expr) and "print" not in called(text):
+            return ""
+        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[-1]
+        if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign) and target is not None:
+            return ast.unparse(target)
+    return ""
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a09
+HARMLESS = {"print", "int", "float", "str", "round", "format", "abs"}
+
+
+def without_own_call(cell: str) -> str:
+    "The program up to where it calls `simple_math_problem` itself, if all that follows is to show the result."
+    if cell.count("simple_math_problem(") < 2:
+        return cell
+    ends = list(statements(cell))
+    first = next((place for place, (one, text) in enumerate(ends) if "simple_math_problem" in called(text)
+                  and isinstance(one, ast.Expr | ast.Assign | ast.AnnAssign)), None)
+    if first is None or any("def simple_math_problem(" in text for _, text in ends[first:]):
+        return cell
+    bound = set().union(*(bound_names(one) for one, _ in ends[first:] if one))
+    for one, text in ends[first:]:
+        names = {node.id for node in ast.walk(one) if isinstance(node, ast.Name)} if one else {""}
+        if not (isinstance(one, ast.Expr | ast.Assign | ast.AnnAssign) and "\n" not in text.strip()
+                and names <= bound | HARMLESS | {"simple_math_problem"}):
+            return cell
+    return "\n".join(text for _, text in ends[:first])
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a64
 def final_call(cells: Sequence[str]) -> str | None:
     "What asks a program for its answer: a call, a name, nothing if it shows it; `None` if it defines no function."
     functions = {statement.name: needs_arguments(statement) for cell in cells if "def " in cell
-                 for statement, _ in statements(cell) if isinstance(statement, ast.FunctionDef)}
+                 for statement, _ in statements(cell)
+                 if isinstance(statement, ast.FunctionDef) and statement.name != "_"}
     if not functions:
         return None
     if functions.get("simple_math_problem") is False:
         return "simple_math_problem()"
-    shown = [call for cell in cells if (call := own_call(cell, list(functions))) is not None]
-    if shown:
-        return shown[-1]
+    if (own := own_answer(cells, set(functions))) is not None:
+        return own
     callable_ones = [name for name, needs in functions.items() if not needs]
     return f"{(callable_ones or list(functions))[-1]}()"
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a12
+def long_strings(text: str) -> list[tuple[int, int]]:
+    "Where the triple-quoted strings of functions begin and end; one that never ends is none."
+    header = re.search(rf"^[> \t]*{HEADER.pattern}", text, re.MULTILINE) if '"' * 3 in text or "'" * 3 in text else None
+    found = LEXEME.finditer(text, header.start()) if header else ()
+    return [one.span() for one in found
+            if len(one[0]) > 5 and one[0][:3] in ('"' * 3, "'" * 3) and one[0][:3] == one[0][-3:]]
+
+
+def inside(spans: list[tuple[int, int]], position: int) -> bool:
+    "Whether a position lies in one of the spans."
+    return any(start < position < end for start, end in spans)
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a66
 FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
-PYTHON = {"python", "python2", "python3", "py", "py3", "ipython"}
+IS_PYTHON = re.compile(r"(?<![a-z])(?:i?python|py)[0-9.]*(?![a-z])")
+PYTHON = {"python"}
+OTHERS = set("""bash sh shell console json yaml xml html css sql c cpp java js javascript ts typescript rust go r
+    output""".split())
 PROSE = {"", "text", "txt", "plaintext", "latex", "tex", "math", "markdown", "md"}
+
+
+def language(info: str) -> str:
+    "The language that the line of a fence names, `python` in all its spellings."
+    info = info.strip(" \t{}.").lower()
+    return "python" if IS_PYTHON.search(info) else re.split(r"[\s,{:]", info)[0]
 
 
 def fenced(word: str, content: str) -> tuple[str, str]:
     "The language of a fence that names it by `word`, and its content without common indentation."
     content = textwrap.dedent(content)
-    python = word in PYTHON or not word and find_code(content)
-    return "python" if python else "prose" if word in PROSE else word, content
+    python = word in PYTHON or word not in OTHERS and (code := find_code(content)) and (not word or code.defines)
+    if word not in PROSE or python:
+        return "python" if python else word, content
+    return "prose", content if word else re.sub(r"^[ \t]*(?:#(?!#)|//).*$", "", content, flags=re.MULTILINE)
 
-
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a68
 def fences(text: str) -> Iterator[tuple[str, str]]:
     "The parts of a text: `(language, content)` of each fence, `prose` for what stands between them."
-    word, mark, start = "", None, 0
+    word, mark, start, strings = "", None, 0, long_strings(text)
     for fence in FENCE.finditer(text):
+        if inside(strings, fence.start()):
+            continue
         line = max(text.rfind("\n", 0, fence.start()) + 1, start)
         at_margin = not text[line:fence.start()].strip(" \t>*-")
-        info = re.split(r"[\s,{]", fence["info"].strip(" \t{}.").lower())[0]
-        if mark and fence["mark"].startswith(mark) and not fence["info"].strip():
+        info = "" if HEADER.match(fence["info"].strip()) else language(fence["info"])
+        if mark and fence["mark"].startswith(mark) and (not info or word in PYTHON and at_margin):
             yield fenced(word, text[start:fence.start()])
             mark, start = None, fence.end() + 1
-        elif not mark and (at_margin or info in PYTHON):
+        if not mark and (info or start <= fence.start()) and (at_margin or info in PYTHON):
             yield "prose", text[start:line if at_margin else fence.start()]
-            word, mark, start = info, fence["mark"], fence.end() + 1
+            begins_here = not info and fence["info"].strip()  # a function on the line of the fence
+            word, mark, start = info, fence["mark"], fence.start("info") if begins_here else fence.end() + 1
     yield fenced(word, text[start:]) if mark else ("prose", text[start:])
 
 # %% ../../nbs/data/01_formats.ipynb #fe929daf
@@ -356,13 +451,18 @@ def code_blocks(text: str) -> tuple[list[str], str]:
     return parts["llm-code"], "".join(parts["prose"])
 
 # %% ../../nbs/data/01_formats.ipynb #f088ab97
-BRACE = re.compile(r"(?:\\boxed|\\fbox|\x08oxed)\s*+\{|\\.|[{}]", re.DOTALL)  # \x08: a `\b` that was read as backspace
+BRACE = re.compile(r"(?:\\boxed|\\f(?:rame)?box|\x08oxed)\s*+\{|\\.|[{}]", re.DOTALL)  # \x08: `\b` read as backspace
+BARE = re.compile(r"(\\(?:boxed|fbox|framebox))\s*(?:([0-9][0-9.,]*(?<=[0-9]))|$)")  # \boxed 18, or cut off
+BEFORE = re.compile(r"((?<![^\s$=(])-|[0-9]+|\\sqrt\{|\\frac\{)$")  # what touches a box belongs to it
+BEHIND = re.compile(r"\^\{?[^\s{}$]+\}?|\\pi(?![A-Za-z])|[a-z](?![A-Za-z])"
+                    r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|million|billion)\b")
 
 
 def last_box(text: str) -> tuple[str | None, str]:
     "The content of the last `\\boxed{…}` (`None` without one, or if it never ends), and the text that begins there."
     opened: list[int | None] = []  # where the content of each open box starts; None for a plain brace
-    found, boxes = None, "oxed" in text or "\\fbox" in text
+    found, boxes = None, "oxed" in text or "\\fbox" in text or "\\framebox" in text
+    text = BARE.sub(r"\1{\2}", text) if boxes else text
     for brace in BRACE.finditer(text) if boxes else ():
         if brace.group() == "}":
             if opened and (start := opened.pop()) is not None:
@@ -376,13 +476,19 @@ def last_box(text: str) -> tuple[str | None, str]:
 
 # %% ../../nbs/data/01_formats.ipynb #aed05311
 MARKUP = re.compile(r"(?<![0-9)])\*\*|\*\*(?![0-9(])|__|[`\"“”]|^[\s:=≈*_]+|[\s*_]+$")
-MATH = re.compile(r"\$\$?([^$\n]+)\$\$?(?![0-9])|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]")
-EXPRESSION = re.compile(r"[-+−–±~]?\s*(?:[0-9.½-¾⅐-⅞({\[√|０-９\\$€£¥₹]|(?:[A-Z]{1,3}|Rs\.?) ?\\?\$?[0-9]"
-                        r"|[A-Za-z](?=\s*[=^*/+(_-]|\W?$)|sqrt|pi\b)")
-TURN = re.compile(r"(?P<turn>[.!?;](?=\s|$)|,(?=\s+[^\s0-9$\\({-])|\s\((?=[^)\n]*[a-z]{2})|\s[—–-]\s(?=[a-z])|\n"
-                  r"|\s(?:because|since|as|so|which|when|where|if|but|after|before|for|with|from"
-                  r"|that|at|in|on|of|by|while)\b"
-                  r"|\sand(?!\s+\$?[0-9]))|[(\[{][^()\[\]{}\n]{0,200}[)\]}]")
+MATH = re.compile(r"\$\$?\n?([^$\n]+?)\n?\$\$?(?![0-9])|\\\(([^\n]+?)\\\)|\\\[\n?([^\n]+?)\n?\\\]")
+EXPRESSION = re.compile(r"(?:negative |minus |[-+−–‐‑±~])?\s*(?:[0-9.½-¾⅐-⅞({\[√|０-９\\$€£¥₹]"
+                        r"|(?:[A-Z]{1,3}|Rs\.?) ?\\?\$?[0-9]|[A-Za-z](?=\s*[=^*/+(_-]|\W?$)|sqrt|pi\b)")
+PART = r"(?:\$?[0-9]|(?:a|one|two|three)[ -](?:half|third|quarter|fourth))"
+TURN = re.compile(r"(?P<turn>(?<!\bRs)[.?](?=\s|$)|!(?=\s*$|\s+[A-Z])|;(?=\s+[A-Za-z])"
+                  r"|,(?=\s+[^\s0-9$\\({-])(?!\s+(?:(?:and|or|plus)(?: then)? \$?[0-9]|\$?[a-z] ?=))"
+                  r"|\s\((?=[^)\n]*[a-z]{2})(?!or\b|base\b)|\s?—(?=[A-Za-z])|\s(?:[—–-]|--)\s(?=[a-z])|\n"
+                  r"|\s(?:because|since|as|so|which|when|where|but|after|before|from|that|while|not|rather)\b"
+                  r"|\s(?:at(?! least| most)|of|in|by|with)\b(?!\s+(?:\$?[0-9]|base|remainder))"
+                  r"|(?<=[a-z])(?<!out)(?<!percent)(?<!groups)(?<!half)(?<!root)(?<!sum)(?<!difference)(?<!product)"
+                  r"(?<!square)\sof\b|\s(?:for|on|if)\b(?![^.,]*\band \$?[0-9])"
+                  r"|\s(?:more|faster|taller|older|longer|higher|larger)\b(?!\s+than\s+\$?[0-9])"
+                  rf"|\sand(?!\s+(?:(?:then )?{PART}|\$?[a-z] ?=)))|[(\[{{][^()\[\]{{}}\n]{{0,200}}[)\]}}]")
 LONGEST_PHRASE = 200  # characters
 
 
@@ -392,45 +498,96 @@ def cut_at_turn(phrase: str) -> str:
     return phrase[:turn.start()] if turn else phrase
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a40
+EQUALS = re.compile(r"(?<=[0-9)])\s+(?:equals|is equal to|is|gives|makes)\s+(?=[-$0-9])")
+
+
 def read_phrase(text: str) -> str | None:
     "The expression, with its unit, that a phrase begins with; `None` if it begins with something else."
-    phrase = MARKUP.sub("", text[:LONGEST_PHRASE])
+    phrase = EQUALS.sub(" = ", MARKUP.sub("", text[:LONGEST_PHRASE]))
     if math := MATH.match(phrase):
-        phrase = f"{math[math.lastindex].strip()} {cut_at_turn(phrase[math.end():]).strip()}"
+        rest = cut_at_turn(phrase[math.end():])
+        phrase = f"{math[math.lastindex].strip()} {'' if rest.startswith('.') else rest.strip()}"
     elif EXPRESSION.match(phrase):
         phrase = cut_at_turn(phrase)
     else:
         return None
     first, *sides = phrase.split("=")
-    return (sides[-1] if sides and re.search("[0-9]", first) else phrase).strip(" \t\r.,;:*_") or None
+    arithmetic = re.search("[0-9]", first) and not re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", first)
+    return (sides[-1] if sides and arithmetic else phrase).lstrip(" \t\r*_:").rstrip(" \t\r.,;:*_") or None
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a16
 HASHES = re.compile(r"(?:^|(?<=\s))####(?!#)(?!\s*[0-9]+[.)]\s+\S)([^\n#]*)", re.MULTILINE)
-SENTENCE = re.compile(r"\b(?:the|my|our) (?:[a-z]{1,12} )?answer(?: [a-z]{1,12}){0,6}? is\b(?P<colon>\s?:)?"
+SENTENCE = re.compile(r"\b(?:the|my|our) (?:[a-z]{1,12} )?answer(?: [a-z]{1,12}){0,6}?(?: is|(?P<denied> isn['’]t))\b"
+                      r"(?P<colon>\s?:)?"
                       r"(?:,? (?:therefore|thus|then|simply|just|exactly|equal to|approximately|about)\b,?)?"
                       r"|^[\s*_#>]{0,8}(?:the )?(?:final |correct )?answer[*_]{0,2}:", re.IGNORECASE | re.MULTILINE)
-
+HEADING = re.compile(r"\s*(?:step|part|case|method|example|question|problem|solution|section)\b", re.IGNORECASE)
+LEADS_IN = re.compile(r"\s*(?:known|obtained|found|given|calculated|computed|determined|derived|as|in|that|to)\b")
+IN_WORDS = re.compile(r"\s*(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|twenty|unknown|unclear"
+                      r"|undefined|none|[A-E](?=\s*$))\b")
 MOST_STATEMENTS = 20  # of one kind, counted from the end
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a70
+def words_of(rest: str) -> str | None:
+    "The phrase of a statement that is no expression (`more than 5`, `ten`); `None` if it states nothing."
+    rest = MARKUP.sub("", rest[:LONGEST_PHRASE])
+    if denied := re.match(r"[a-z ]{0,30}\bnot [^.\n]{0,20}[0-9][^.\n]*", rest):
+        return denied[0]
+    phrase = cut_at_turn(rest)
+    stated = re.search("[0-9]", phrase) and not (HEADING.match(rest) or LEADS_IN.match(rest))
+    return phrase.strip() if stated or IN_WORDS.match(phrase) else None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a50
+def after_hashes(text: str) -> str | None:
+    "What the last `####` states: nothing if the text ends there, `None` without one."
+    for match in reversed(deque(HASHES.finditer(text), maxlen=MOST_STATEMENTS)):
+        if answer := read_phrase(match[1]) or words_of(match[1]):
+            return answer
+        if not re.search(r"\w", text[match.start():]):
+            return ""
+    return None
+
+
+def in_a_sentence(text: str) -> str | None:
+    "What the last sentence about the answer states: nothing if the text ends there, `None` without one."
+    found = deque(SENTENCE.finditer(text), maxlen=MOST_STATEMENTS)
+    for match in reversed(found):
+        rest = text[match.end():match.end() + LONGEST_PHRASE].lstrip(" \t\r\n*_")
+        if match["denied"]:
+            return f"not {cut_at_turn(rest)}"
+        if answer := read_phrase(rest) or match["colon"] and cut_at_turn(MARKUP.sub("", rest)) or words_of(rest):
+            return answer
+        if not rest.strip(" :.*_") and len(found) > 1:  # it stated another one before
+            return ""
+    return None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a72
+def touched(content: str, text: str, tail: str) -> str:
+    "The content of a box, at which the `tail` of a text begins, with what touches the box: a sign, a factor, a power."
+    before = re.sub(r"\\(?:boxed|f(?:rame)?box)\s*\{$", "", text[:len(text) - len(tail)])
+    behind = tail[tail.find(content) + len(content):].partition("}")[2]
+    first = (found := BEFORE.search(before)) and found[1] or ""
+    found = re.match(r"\}(?:\{[^{}]*\})?", behind) if first.startswith("\\") else BEHIND.match(behind)
+    return f"{first}({content})" if first.isdigit() else f"{first}{content}{found[0] if found else ''}"
 
 
 def stated_answer(text: str) -> tuple[str, str] | None:
     "How a text states its answer (the first of boxed, hashes, sentence that occurs), and its last such statement."
-    content, text = last_box(text)
+    content, tail = last_box(text := BARE.sub(r"\1{\2}", text) if "box" in text else text)
     if content is not None:
-        return "boxed", content
-    for match in reversed(deque(HASHES.finditer(text), maxlen=MOST_STATEMENTS)):
-        if answer := read_phrase(match[1]):
-            return "hashes", answer
-    for match in reversed(deque(SENTENCE.finditer(text), maxlen=MOST_STATEMENTS)):
-        rest = text[match.end():match.end() + LONGEST_PHRASE].lstrip(" \t\r\n*_")
-        if answer := read_phrase(rest) or match["colon"] and cut_at_turn(MARKUP.sub("", rest)):
-            return "sentence", answer
+        return "boxed", touched(content, text, tail) if content else content
+    for kind, read in (("hashes", after_hashes), ("sentence", in_a_sentence)):
+        if (answer := read(tail)) is not None:
+            return kind, answer
     return None
 
 # %% ../../nbs/data/01_formats.ipynb #6e5aea7a
 LONGEST_PROGRAM = 20_000  # characters; longer ones are not taken apart, and no sandbox runs them
-NEXT_QUESTION = re.compile(r"\n[ \t]*(?:#{2,6} ?|\*\*|<\|?)?(?:Question|Problem|Exercise|Q|Human|User|user|Instruction)"
-                           r"(?: ?[0-9]+)?(?:\*\*)?[ \t]*(?::|\|?>)")
+ASKED = r"(?:question|problem|exercise|q|human|user|instruction)(?: ?#?[0-9]+)?(?:\*\*)?[ \t]*"
+NEXT_QUESTION = re.compile(rf"\n[ \t]*(?:(?:#{{2,6}} ?|\*\*|<\|?)?{ASKED}(?::|\|?>)|(?:#{{2,6}} |\*\*){ASKED}(?=\n)"
+                           r"|(?:question|problem|exercise) #?[0-9]+\.?[ \t]*(?=\n)|#{2,6} input:|\[INST\])"
+                           r"|<\|im_start\|>user|<\|start_header_id\|>user", re.IGNORECASE)
+END_OF_TEXT = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|\[/INST\]|\[EOS\]|<eos>")
 
 
 @dataclass(frozen=True)
@@ -442,22 +599,77 @@ class Parsed:
     call: str | None = None  # what the program still has to be asked; "": nothing, None: it defines no function
     runs_on: bool = False    # whether the text went on into another question
 
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a53
+INLINE = re.compile(r"`[^`\n]*(?:\w\(|#|=[^`\n]*[\"'])[^`\n]*`")
+COMMENT = re.compile(r"[ \t]*(?:#(?!#)|//)")
+LIKE_CODE = re.compile(r"^[ \t]*(?:[^\W\d][\w.]*(?:: ?\w+)? ?[-+*/]?=|#|//|import |from )|`|;\s*//|[;{}][ \t]*$",
+                       re.MULTILINE)
+
+
+def is_statement(line: str) -> bool:
+    "Whether a line assigns or imports."
+    kinds = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Import | ast.ImportFrom
+    return OPENING.match(line) is not None and isinstance(read_statement(line), kinds)
+
+
+def is_loose_code(line: str) -> bool:
+    "Whether a line of prose is a statement that is more than a name for a number."
+    other = line.endswith((";", "{", "}")) and ("\\" not in line.partition("//")[0] or re.search(r"\w\([\"']", line))
+    if other or re.search(r";\s*//", line):
+        return True
+    return is_statement(line) and (not states_a_number(read_statement(line)) or "#" in line)
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a78
+def without_code(prose: str) -> str:
+    "Prose without lines of code, the comments that touch them, and code within sentences."
+    if not LIKE_CODE.search(prose):
+        return prose
+    lines = INLINE.sub(" ", prose).split("\n")
+    code = [is_loose_code(line.strip()) for line in lines]
+    beside = [is_statement(line.strip()) or found for line, found in zip(lines, code, strict=True)]
+    comment = [COMMENT.match(line) and (line.lstrip().startswith("//") or any(beside[max(0, place - 1):place + 2]))
+               for place, line in enumerate(lines)]
+    return "\n".join(line for line, *dropped in zip(lines, code, comment, strict=True) if not any(dropped))
+
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a19
+def without_comments(lines: str) -> str:
+    "Lines without those comments that stand directly at the code after them."
+    kept = lines.split("\n")
+    while kept and (not kept[-1].strip() or kept[-1].startswith("#")):
+        kept.pop()
+    return "\n".join(kept) + "\n" if kept else ""
+
+
+def beside(code: Code, content: str) -> list[str]:
+    "The prose before and after a program, without the comments that touch it."
+    after = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*(?:#[^\n]*$)?", content[code.end:])
+    return [without_comments(content[:code.start]), content[code.end + after.end():]]
+
+
+INDENTED = re.compile(r"(?:^(?: {4}|\t)[^\n]*\n?(?:[ \t]*\n)*)+", re.MULTILINE)
+
+
+def indented_block(text: str) -> Code | None:
+    "The program in a text that is indented as a block, if it defines a function or prints."
+    block = INDENTED.search(text) if "\n    " in text or "\n\t" in text else None
+    code = find_code(textwrap.dedent(block[0])) if block else None
+    return Code(*block.span()) if code and (code.defines or code.prints) else None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a74
 def parse_program(text: str) -> tuple[list[str], str, bool]:
     "The cells of the program in a text, the prose around it, and whether the text opens with a program."
     cells, prose, opens = [], [], False
     for language, content in fences(text) if "```" in text or "~~~" in text else [("prose", text)]:
-        code = find_code(content) if language == "prose" and not cells else None
+        code = find_code(content) or indented_block(content) if language == "prose" and not cells else None
         if code or language == "python":
-            before = content[:code.start] if code else ""
+            around = beside(code, content) if code else []
             if not cells:
-                opens = not "".join([*prose, *(line for line in before.split("\n")
-                                               if not line.startswith("#"))]).strip()
-            cells.append((content[code.start:code.end] if code else content).strip("\n"))
-            prose += [before, content[code.end:]] if code else []
+                opens = not "".join([*prose, *around[:1]]).strip()
+            cells.append(textwrap.dedent(content[code.start:code.end] if code else content).strip("\n"))
+            prose += around
         elif language == "prose":
             prose.append(content)
-    return cells, "\n".join(prose), opens
+    return cells, without_code("\n".join(prose)), opens
 
 # %% ../../nbs/data/01_formats.ipynb #f06cff08
 def defines_function(text: str) -> bool:
@@ -474,6 +686,8 @@ def parse_text(text: str) -> Parsed:
         return Parsed("omi1", tuple(blocks), outside)
     cells, prose, opens = parse_program(text) if len(text) <= LONGEST_PROGRAM else ([], text, False)
     call = final_call(cells)
+    if call == "simple_math_problem()":
+        cells = [without_own_call(cell) for cell in cells]
     if opens and call is not None:
         return Parsed("tinygsm", tuple(cells), prose, call, runs_on=defines_function(prose))
     if opens and any(map(defines_function, cells)):  # a header that does not parse
@@ -483,12 +697,33 @@ def parse_text(text: str) -> Parsed:
     return Parsed("other", tuple(cells), prose, call)
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a21
+def plain_text(completion: str) -> str:
+    "The text that a completion shows: up to its end, after its reasoning, without quotation marks at the margin."
+    text = completion.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    if "<" in text or "[" in text:
+        end = END_OF_TEXT.search(text)
+        text = text[:end.start()] if end else text
+        text = re.sub(r"</?answer>|<<[^<>\n]*>>", "", text.rpartition("</think>")[2].lstrip("\n"))
+    if text.startswith(">"):
+        text = re.sub(r"^> ?", "", text, flags=re.MULTILINE)
+    return textwrap.dedent(text).lstrip() if text[:1].isspace() else text
+
+
+def in_a_block(text: str, line: re.Match) -> bool:
+    "Whether an indented line belongs to a function, class or bracket above it."
+    block = re.compile(r"^\s*(?:def|class)\b", re.MULTILINE)
+    return line[0][1:2] in (" ", "\t") and block.search(text, 0, line.start()) is not None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a76
 def parse_completion(completion: str) -> Parsed:
     "Recognise the format of a completion by its shape. Never raises, whatever the text; linear time."
-    text = completion.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
-    if text[:1].isspace():
-        text = textwrap.dedent(text).lstrip()
-    if next_question := NEXT_QUESTION.search(text):
+    text = plain_text(completion)
+    if text.startswith("<think>"):
+        return Parsed("other", (), "")  # it has not come to its answer
+    strings = long_strings(text)
+    for next_question in islice(NEXT_QUESTION.finditer(text), MOST_STATEMENTS):
+        if inside(strings, next_question.start()) or in_a_block(text, next_question):
+            continue
         parsed = parse_text(text[:next_question.start()])
         if parsed.cells or parsed.format != "other":
             return replace(parsed, runs_on=True)

@@ -22,7 +22,8 @@ from scipy import stats
 
 from ..core import StudyError
 from ..data.formats import FORMATS
-from .answers import OUTCOMES, normalise, parse_number
+from .answers import OUTCOMES
+from .values import normalise, parse_number, squeeze
 
 # %% ../../nbs/grading/04_metrics.ipynb #71ea849b
 def format_shares(frame: pd.DataFrame) -> pd.Series:
@@ -51,7 +52,7 @@ def pass_at_k(correct, samples, k: int) -> np.ndarray:
 def vote_key(vote: str) -> str:
     "Votes with the same key are votes for the same answer."
     number = parse_number(vote)
-    return normalise(vote).replace(" ", "") if number is None else str(number)
+    return squeeze(normalise(vote)) if number is None else str(number)
 
 
 def majority_vote(votes: Sequence):
