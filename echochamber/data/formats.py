@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADER', 'FRAMES', 'HEADER', 'OPENING', 'CALL',
-           'PRINT', 'HARMLESS', 'FENCE', 'IS_PYTHON', 'PYTHON', 'OTHERS', 'PROSE', 'TAG', 'BRACE', 'BARE', 'BEFORE',
-           'BEHIND', 'MARKUP', 'MATH', 'EXPRESSION', 'PART', 'TURN', 'LONGEST_PHRASE', 'EQUALS', 'HASHES', 'SENTENCE',
-           'HEADING', 'LEADS_IN', 'IN_WORDS', 'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'ASKED', 'NEXT_QUESTION',
-           'END_OF_TEXT', 'INLINE', 'COMMENT', 'LIKE_CODE', 'INDENTED', 'StyleConfig', 'replace_operation',
-           'inject_errors', 'unique_identifiers', 'program_lines', 'render_tinygsm', 'render_omi1', 'render_omi2',
-           'render_solution', 'join_document', 'statement_ends', 'read_statement', 'does_something', 'bound_names',
-           'Code', 'states_a_number', 'begins_again', 'find_code', 'statements', 'needs_arguments', 'called', 'shows',
-           'own_answer', 'without_own_call', 'final_call', 'long_strings', 'inside', 'language', 'fenced', 'fences',
-           'code_blocks', 'last_box', 'cut_at_turn', 'read_phrase', 'words_of', 'after_hashes', 'in_a_sentence',
-           'touched', 'stated_answer', 'Parsed', 'is_statement', 'is_loose_code', 'without_code', 'without_comments',
-           'beside', 'indented_block', 'parse_program', 'defines_function', 'parse_text', 'plain_text', 'in_a_block',
+           'PRINT', 'NUMERIC', 'HARMLESS', 'FENCE', 'IS_PYTHON', 'PYTHON', 'OTHERS', 'PROSE', 'TAG', 'BRACE', 'BARE',
+           'BEFORE', 'BEHIND', 'MARKUP', 'MATH', 'EXPRESSION', 'PART', 'TURN', 'LONGEST_PHRASE', 'EQUALS', 'HASHES',
+           'SENTENCE', 'TITLE', 'OPTION', 'HEADING', 'LEADS_IN', 'A_SENTENCE', 'IN_WORDS', 'MOST_STATEMENTS',
+           'LONGEST_PROGRAM', 'ASKED', 'NEXT_QUESTION', 'END_OF_TEXT', 'INLINE', 'COMMENT', 'OTHER_CODE', 'LIKE_CODE',
+           'INDENTED', 'StyleConfig', 'replace_operation', 'inject_errors', 'unique_identifiers', 'program_lines',
+           'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution', 'join_document', 'statement_ends',
+           'read_statement', 'does_something', 'used', 'bound_names', 'Code', 'states_a_number', 'begins_again',
+           'find_code', 'statements', 'needs_arguments', 'called', 'shows', 'shown_name', 'own_answer',
+           'without_own_call', 'final_call', 'long_strings', 'inside', 'language', 'fenced', 'fences', 'code_blocks',
+           'last_box', 'cut_at_turn', 'read_phrase', 'words_of', 'after_hashes', 'told', 'in_a_sentence', 'touched',
+           'stated_answer', 'Parsed', 'is_statement', 'is_loose_code', 'without_code', 'without_comments', 'beside',
+           'indented_block', 'parse_program', 'defines_function', 'parse_text', 'plain_text', 'in_a_block',
            'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
+import builtins
 import random
 import re
 import textwrap
@@ -220,6 +222,13 @@ def does_something(statement: ast.stmt, header: str, names: set[str]) -> bool:
     mentioned = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
     return CALL.match(header) is not None or bool(mentioned) and mentioned <= names
 
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a80
+@lru_cache(maxsize=4096)
+def used(statement: ast.stmt) -> frozenset[str]:
+    "The names that a statement reads, but for Python's own."
+    return frozenset(node.id for node in ast.walk(statement) if isinstance(node, ast.Name)
+                     and isinstance(node.ctx, ast.Load) and not hasattr(builtins, node.id))
+
 
 @lru_cache(maxsize=4096)
 def bound_names(statement: ast.stmt) -> frozenset[str]:
@@ -239,6 +248,7 @@ class Code:
     defines: bool = False
     prints: bool = False
     acts: bool = False
+    loose: bool = False
     broken: bool = False
 
     def add(self, statement: ast.stmt | None, header: str, end: int):
@@ -247,14 +257,20 @@ class Code:
         self.broken |= statement is None
         self.prints |= PRINT.match(header) is not None
         self.defines |= HEADER.match(header) is not None
-        self.acts = self.acts or bool(self.names) or "#" in header or not states_a_number(statement)
+        if isinstance(statement, ast.Assign | ast.AnnAssign):  # `cost = price * number` of names that nobody has given
+            again = states_a_number(statement) and bound_names(statement) <= self.names  # `cost = 18`, after its sum
+            self.loose |= again or not used(statement) <= self.names
+        self.acts = self.acts or bool(self.names) or not states_a_number(statement)
         self.names |= bound_names(statement) if statement else frozenset()
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a06
+NUMERIC = ast.Constant | ast.UnaryOp | ast.USub | ast.BinOp | ast.Div  # 18, -18 or 5/2
+
+
 def states_a_number(statement: ast.stmt | None) -> bool:
     "Whether a statement gives a name to a number, as prose does too: `x = 18`."
     return (isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
-            and all(isinstance(node, ast.Constant | ast.UnaryOp | ast.USub) for node in ast.walk(statement.value))
+            and all(isinstance(node, NUMERIC) for node in ast.walk(statement.value))
             and not isinstance(getattr(statement.value, "value", None), str))
 
 
@@ -289,7 +305,7 @@ def find_code(text: str) -> Code | None:
         position = end + 1
     if code and code.broken:
         code.end = len(text)
-    return code if code and (code.defines or code.prints or code.acts and not prose) else None
+    return code if code and (code.defines or code.prints or code.acts and not (prose or code.loose)) else None
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a08
 def statements(code: str) -> Iterator[tuple[ast.stmt | None, str]]:
@@ -328,16 +344,25 @@ def shows(statement: ast.stmt | None, text: str) -> bool:
     return computes or not words or re.search("[0-9]", "".join(words)) is not None
 
 
+def shown_name(statement: ast.stmt) -> str | None:
+    "The one name whose value a statement prints among words of its own."
+    parts = [one for one in ast.walk(statement) if not isinstance(one, ast.expr_context | ast.Expr | ast.JoinedStr)]
+    names = [one.id for one in parts if isinstance(one, ast.Name) and one.id != "print"]
+    plain = all(isinstance(one, ast.Name | ast.FormattedValue) or isinstance(getattr(one, "value", None), str)
+                or isinstance(one, ast.Call) and getattr(one.func, "id", "") == "print" for one in parts)
+    return names[0] if plain and len(names) == 1 else None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a82
 def own_answer(cells: Sequence[str], functions: set[str]) -> str | None:
     "What a program that calls its functions itself ends in: a name, or nothing if it shows it; `None` without a call."
     margin = [(one, text) for cell in cells for one, text in statements(cell)
-              if not isinstance(one, ast.FunctionDef | ast.ClassDef)]
+              if not isinstance(one, ast.FunctionDef | ast.ClassDef | ast.Assert)]
     first = next((place for place, (_, text) in enumerate(margin) if functions & called(text)), None)
     if first is None:
         return None
     for statement, text in reversed(margin[first:]):
         if shows(statement, text) or isinstance(statement, ast.Expr) and "print" not in called(text):
-            return ""
+            return shown_name(statement) or ""
         target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[-1]
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign) and target is not None:
             return ast.unparse(target)
@@ -453,8 +478,8 @@ def code_blocks(text: str) -> tuple[list[str], str]:
 # %% ../../nbs/data/01_formats.ipynb #f088ab97
 BRACE = re.compile(r"(?:\\boxed|\\f(?:rame)?box|\x08oxed)\s*+\{|\\.|[{}]", re.DOTALL)  # \x08: `\b` read as backspace
 BARE = re.compile(r"(\\(?:boxed|fbox|framebox))\s*(?:([0-9][0-9.,]*(?<=[0-9]))|$)")  # \boxed 18, or cut off
-BEFORE = re.compile(r"((?<![^\s$=(])-|[0-9]+|\\sqrt\{|\\frac\{)$")  # what touches a box belongs to it
-BEHIND = re.compile(r"\^\{?[^\s{}$]+\}?|\\pi(?![A-Za-z])|[a-z](?![A-Za-z])"
+BEFORE = re.compile(r"((?<![^\s$=(])-|[0-9]+|\\sqrt\{|\\frac\{)\Z")  # what touches a box belongs to it
+BEHIND = re.compile(r"\^\{?[^\s{}$]+\}?|\\pi(?![A-Za-z])|[xyz](?![A-Za-z])"
                     r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|million|billion)\b")
 
 
@@ -480,11 +505,12 @@ MATH = re.compile(r"\$\$?\n?([^$\n]+?)\n?\$\$?(?![0-9])|\\\(([^\n]+?)\\\)|\\\[\n
 EXPRESSION = re.compile(r"(?:negative |minus |[-+−–‐‑±~])?\s*(?:[0-9.½-¾⅐-⅞({\[√|０-９\\$€£¥₹]"
                         r"|(?:[A-Z]{1,3}|Rs\.?) ?\\?\$?[0-9]|[A-Za-z](?=\s*[=^*/+(_-]|\W?$)|sqrt|pi\b)")
 PART = r"(?:\$?[0-9]|(?:a|one|two|three)[ -](?:half|third|quarter|fourth))"
-TURN = re.compile(r"(?P<turn>(?<!\bRs)[.?](?=\s|$)|!(?=\s*$|\s+[A-Z])|;(?=\s+[A-Za-z])"
-                  r"|,(?=\s+[^\s0-9$\\({-])(?!\s+(?:(?:and|or|plus)(?: then)? \$?[0-9]|\$?[a-z] ?=))"
+TURN = re.compile(r"(?P<turn>(?<!\bRs)[.?](?=\s|$)|!(?=\s*$|\s+[^a-z=\s]|\n)|;(?=\s+[A-Za-z])"
+                  r"|,(?=\s+[^\s0-9$\\({-])(?!\s+(?:(?:and|or|plus)(?: then)? \$?[0-9]+(?: [a-z]+)?\W*$|\$?[a-z] ?=))"
                   r"|\s\((?=[^)\n]*[a-z]{2})(?!or\b|base\b)|\s?—(?=[A-Za-z])|\s(?:[—–-]|--)\s(?=[a-z])|\n"
                   r"|\s(?:because|since|as|so|which|when|where|but|after|before|from|that|while|not|rather)\b"
-                  r"|\s(?:at(?! least| most)|of|in|by|with)\b(?!\s+(?:\$?[0-9]|base|remainder))"
+                  r"|\s(?:at(?! least| most)|with(?! remainder)|of(?!\s+\$?[0-9]))\b"
+                  r"|(?<!divided)\s(?:in|by)\b(?!\s+(?:\$?[0-9]{1,3}\W*$|base))"
                   r"|(?<=[a-z])(?<!out)(?<!percent)(?<!groups)(?<!half)(?<!root)(?<!sum)(?<!difference)(?<!product)"
                   r"(?<!square)\sof\b|\s(?:for|on|if)\b(?![^.,]*\band \$?[0-9])"
                   r"|\s(?:more|faster|taller|older|longer|higher|larger)\b(?!\s+than\s+\$?[0-9])"
@@ -521,8 +547,12 @@ SENTENCE = re.compile(r"\b(?:the|my|our) (?:[a-z]{1,12} )?answer(?: [a-z]{1,12})
                       r"(?P<colon>\s?:)?"
                       r"(?:,? (?:therefore|thus|then|simply|just|exactly|equal to|approximately|about)\b,?)?"
                       r"|^[\s*_#>]{0,8}(?:the )?(?:final |correct )?answer[*_]{0,2}:", re.IGNORECASE | re.MULTILINE)
+TITLE = re.compile(r"\s*[A-Z][a-z]")
+OPTION = re.compile(r"^(?:[Oo]ption )?\(?[A-E][).:,]\s+(?=[-$0-9\\])")
 HEADING = re.compile(r"\s*(?:step|part|case|method|example|question|problem|solution|section)\b", re.IGNORECASE)
-LEADS_IN = re.compile(r"\s*(?:known|obtained|found|given|calculated|computed|determined|derived|as|in|that|to)\b")
+LEADS_IN = re.compile(r"\s*(?:she|he|it|they|we|there|shown|known|obtained|found|given|calculated|computed"
+                      r"|determined|derived|as|in|that|to)\b")
+A_SENTENCE = re.compile(r"[A-Z][a-z]+ \w+ \w+ \w+ ")  # it says more than the answer
 IN_WORDS = re.compile(r"\s*(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|twenty|unknown|unclear"
                       r"|undefined|none|[A-E](?=\s*$))\b")
 MOST_STATEMENTS = 20  # of one kind, counted from the end
@@ -531,9 +561,13 @@ MOST_STATEMENTS = 20  # of one kind, counted from the end
 def words_of(rest: str) -> str | None:
     "The phrase of a statement that is no expression (`more than 5`, `ten`); `None` if it states nothing."
     rest = MARKUP.sub("", rest[:LONGEST_PHRASE])
-    if denied := re.match(r"[a-z ]{0,30}\bnot [^.\n]{0,20}[0-9][^.\n]*", rest):
-        return denied[0]
+    if A_SENTENCE.match(rest):
+        return None
+    if denied := re.match(r"[a-z ]{0,30}\bnot [^.\n]{0,20}?[0-9]+", rest):
+        return None if re.search("[0-9]", rest[denied.end():]) else denied[0]
     phrase = cut_at_turn(rest)
+    if re.search(r":\s+[-$]?[0-9]", phrase):  # … the sum of 3 and 15: 18
+        return read_phrase(phrase.rpartition(":")[2])
     stated = re.search("[0-9]", phrase) and not (HEADING.match(rest) or LEADS_IN.match(rest))
     return phrase.strip() if stated or IN_WORDS.match(phrase) else None
 
@@ -541,11 +575,16 @@ def words_of(rest: str) -> str | None:
 def after_hashes(text: str) -> str | None:
     "What the last `####` states: nothing if the text ends there, `None` without one."
     for match in reversed(deque(HASHES.finditer(text), maxlen=MOST_STATEMENTS)):
-        if answer := read_phrase(match[1]) or words_of(match[1]):
+        if answer := read_phrase(match[1]) or not TITLE.match(match[1]) and words_of(match[1]):
             return answer
         if not re.search(r"\w", text[match.start():]):
             return ""
     return None
+
+# %% ../../nbs/data/01_formats.ipynb #3b1f0a84
+def told(rest: str) -> str:
+    "A phrase up to its turn."
+    return cut_at_turn(MARKUP.sub("", rest))
 
 
 def in_a_sentence(text: str) -> str | None:
@@ -554,8 +593,10 @@ def in_a_sentence(text: str) -> str | None:
     for match in reversed(found):
         rest = text[match.end():match.end() + LONGEST_PHRASE].lstrip(" \t\r\n*_")
         if match["denied"]:
-            return f"not {cut_at_turn(rest)}"
-        if answer := read_phrase(rest) or match["colon"] and cut_at_turn(MARKUP.sub("", rest)) or words_of(rest):
+            return f"not {cut_at_turn(rest)}" if len(re.findall("[0-9]+", rest)) < 2 else None
+        rest = OPTION.sub("", rest)
+        whatever = told(rest) if match["colon"] and not A_SENTENCE.match(rest) else ""
+        if answer := read_phrase(rest) or whatever or words_of(rest):
             return answer
         if not rest.strip(" :.*_") and len(found) > 1:  # it stated another one before
             return ""
@@ -583,11 +624,12 @@ def stated_answer(text: str) -> tuple[str, str] | None:
 
 # %% ../../nbs/data/01_formats.ipynb #6e5aea7a
 LONGEST_PROGRAM = 20_000  # characters; longer ones are not taken apart, and no sandbox runs them
-ASKED = r"(?:question|problem|exercise|q|human|user|instruction)(?: ?#?[0-9]+)?(?:\*\*)?[ \t]*"
+ASKED = r"(?:[Qq]uestion|QUESTION|Problem|PROBLEM|Exercise|Q|Human|[Uu]ser|Instruction)(?: ?#?[0-9]+)?(?:\*\*)?[ \t]*"
 NEXT_QUESTION = re.compile(rf"\n[ \t]*(?:(?:#{{2,6}} ?|\*\*|<\|?)?{ASKED}(?::|\|?>)|(?:#{{2,6}} |\*\*){ASKED}(?=\n)"
-                           r"|(?:question|problem|exercise) #?[0-9]+\.?[ \t]*(?=\n)|#{2,6} input:|\[INST\])"
-                           r"|<\|im_start\|>user|<\|start_header_id\|>user", re.IGNORECASE)
-END_OF_TEXT = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|\[/INST\]|\[EOS\]|<eos>")
+                           r"|(?:Question|Problem|Exercise) #?[0-9]+\.?[ \t]*(?=\n)|#{2,6} Input:|\[INST\])"
+                           r"|<\|im_start\|>user|<\|start_header_id\|>user")
+END_OF_TEXT = re.compile(r"(?<![\"'])(?:<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|\[/INST\]|\[EOS\]"
+                         r"|<eos>)")
 
 
 @dataclass(frozen=True)
@@ -602,6 +644,9 @@ class Parsed:
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a53
 INLINE = re.compile(r"`[^`\n]*(?:\w\(|#|=[^`\n]*[\"'])[^`\n]*`")
 COMMENT = re.compile(r"[ \t]*(?:#(?!#)|//)")
+OTHER_CODE = re.compile(r"^(?:[})\]]+;?|(?:const|let|var|int|float|double|return|public|static|function|printf"
+                        r"|console)\b.*[;{}]"
+                        r"|\w+\(.*[;{])$|;\s*//")
 LIKE_CODE = re.compile(r"^[ \t]*(?:[^\W\d][\w.]*(?:: ?\w+)? ?[-+*/]?=|#|//|import |from )|`|;\s*//|[;{}][ \t]*$",
                        re.MULTILINE)
 
@@ -614,17 +659,17 @@ def is_statement(line: str) -> bool:
 
 def is_loose_code(line: str) -> bool:
     "Whether a line of prose is a statement that is more than a name for a number."
-    other = line.endswith((";", "{", "}")) and ("\\" not in line.partition("//")[0] or re.search(r"\w\([\"']", line))
-    if other or re.search(r";\s*//", line):
+    if OTHER_CODE.search(line):
         return True
-    return is_statement(line) and (not states_a_number(read_statement(line)) or "#" in line)
+    return is_statement(line) and not states_a_number(read_statement(line))
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a78
 def without_code(prose: str) -> str:
     "Prose without lines of code, the comments that touch them, and code within sentences."
     if not LIKE_CODE.search(prose):
         return prose
-    lines = INLINE.sub(" ", prose).split("\n")
+    lines = [line.partition("#")[0] if is_statement(line.strip()) else line
+             for line in INLINE.sub(" ", prose).split("\n")]
     code = [is_loose_code(line.strip()) for line in lines]
     beside = [is_statement(line.strip()) or found for line, found in zip(lines, code, strict=True)]
     comment = [COMMENT.match(line) and (line.lstrip().startswith("//") or any(beside[max(0, place - 1):place + 2]))
@@ -642,7 +687,7 @@ def without_comments(lines: str) -> str:
 
 def beside(code: Code, content: str) -> list[str]:
     "The prose before and after a program, without the comments that touch it."
-    after = re.match(r"(?:[ \t]*(?:#[^\n]*)?\n)*(?:#[^\n]*$)?", content[code.end:])
+    after = re.match(r"(?:[ \t]*(?:#(?!###)[^\n]*)?\n)*(?:#(?!###)[^\n]*$)?", content[code.end:])
     return [without_comments(content[:code.start]), content[code.end + after.end():]]
 
 
@@ -701,9 +746,11 @@ def plain_text(completion: str) -> str:
     "The text that a completion shows: up to its end, after its reasoning, without quotation marks at the margin."
     text = completion.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
     if "<" in text or "[" in text:
+        text = text.rpartition("[/INST]")[2] if "[INST]" in text.partition("[/INST]")[0] and "[/INST]" in text else text
+        text = re.sub(rf"^(?:\s*(?:{END_OF_TEXT.pattern}))+", "", text)
         end = END_OF_TEXT.search(text)
         text = text[:end.start()] if end else text
-        text = re.sub(r"</?answer>|<<[^<>\n]*>>", "", text.rpartition("</think>")[2].lstrip("\n"))
+        text = re.sub(r"</?answer>|<<[^<>\n=]*=[^<>\n]*>>", "", text.rpartition("</think>")[2].lstrip("\n"))
     if text.startswith(">"):
         text = re.sub(r"^> ?", "", text, flags=re.MULTILINE)
     return textwrap.dedent(text).lstrip() if text[:1].isspace() else text

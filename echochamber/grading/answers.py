@@ -80,8 +80,9 @@ def read_shown(text: str) -> str:
     return ", ".join(re.findall(ROW, text)) if row else text
 
 # %% ../../nbs/grading/03_answers.ipynb #6f7b0001
-TOLD = (re.compile(r"[^=*/^+<>|\\]*[^=*/^+<>|\\!]=\s*([^=]+)"), re.compile(r"(?!.*:\s[0-9].*:\s).*(?<![0-9\s]):\s(.+)"),
-        re.compile(r".*\b(?:is|are)\s(.+)"))  # what a line says of the answer: behind its =, : or is
+TOLD = tuple(map(re.compile, (  # what a line says of the answer: behind its =, :, is or an arrow
+    r"[^=*/^+<>|\\]*[^=*/^+<>|\\!]=(?!>)\s*([^=]+)", r"(?!.*\b[A-Za-z]\b).*[0-9].*[^<>!]=\s*([^=<>]+)",
+    r"(?!.*:\s[0-9].*:\s)[A-Za-z].*:\s(.*[0-9].*)", r".*\b(?:is|are)\s(.*[0-9].*)", r"[^0-9]*[-=]+>\s*(.+)")))
 BARE_WORDS = re.compile(r"[^\[\]{}<>|^*/\\+=:]*")
 
 
@@ -93,7 +94,9 @@ def number_in(line: str) -> str | None:
     if len(numbers) != 1 and not sentence or changed:
         return None
     around = line[:numbers[-1].start()][-1:] + line[numbers[-1].end():][:1]
-    return numbers[-1][0] if not re.search(r"[\w(]", around) and harmless(words) else None
+    before, behind = (re.findall("[A-Za-z]+", part) for part in (line[:numbers[-1].start()], line[numbers[-1].end():]))
+    beside = [*before[-1:], *(word for word in behind[:1] if word != "and")]
+    return numbers[-1][0] if not re.search(r"[\w(]", around) and harmless(beside) else None
 
 # %% ../../nbs/grading/03_answers.ipynb #6f7b0103
 def printed_answer(output: str) -> str | None:

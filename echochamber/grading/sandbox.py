@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'LONGEST_SEQUENCE', 'BRACKETS', 'UNSUPPORTED', 'NOT_YET', 'ROUND', 'IS_INTEGER', 'LAZY', 'AT_ONCE', 'DATE',
-           'UNREAD', 'MODULES_IN_MONTY', 'NEEDED', 'OWN', 'GRACE', 'SandboxConfig', 'ProgramResult', 'shorten',
-           'value_text', 'failure_status', 'name_of', 'Iterators', 'Adapt', 'beyond', 'lacked', 'bridge',
+           'UNREAD', 'MISSED', 'MODULES_IN_MONTY', 'NEEDED', 'OWN', 'GRACE', 'SandboxConfig', 'ProgramResult',
+           'shorten', 'value_text', 'failure_status', 'name_of', 'Iterators', 'Adapt', 'beyond', 'lacked', 'bridge',
            'session_limits', 'run_cell', 'run_cells', 'run_program', 'silent_launcher', 'start_workers', 'Workers',
            'Sandbox']
 
@@ -146,7 +146,8 @@ IS_INTEGER = """def _is_integer(number):
     return number == number // 1 if isinstance(number, (int, float)) else number.is_integer()
 """
 LAZY = {"map", "zip", "filter", "enumerate", "reversed"}
-AT_ONCE = {"sum", "list", "sorted", "set", "frozenset", "tuple", "dict", "min", "max", "any", "all"} | LAZY
+AT_ONCE = {"sum", "list", "sorted", "set", "frozenset", "tuple", "dict", "min", "max", "any", "all", ".join",
+           ".extend", ".update"} | LAZY
 DATE = re.compile("%[YymdbBjaA]")
 
 
@@ -165,9 +166,9 @@ class Iterators(ast.NodeTransformer):
         "What reads an iterator at once is remembered; an iterator that is kept can be read once, as in Python."
         if isinstance(node, ast.For | ast.comprehension):
             self.read.add(id(node.iter))
-        elif isinstance(node, ast.Starred):
+        elif isinstance(node, ast.Starred | ast.AugAssign):
             self.read.add(id(node.value))
-        elif isinstance(node, ast.Call) and (name_of(node.func) in AT_ONCE or name_of(node.func) == ".join"):
+        elif isinstance(node, ast.Call) and name_of(node.func) in AT_ONCE:
             self.read |= {id(one) for one in node.args}
         kept, node = id(node) not in self.read, super().visit(node)
         lazy = isinstance(node, ast.GeneratorExp)
@@ -198,21 +199,22 @@ class Adapt(Iterators):
         return call
 
 # %% ../../nbs/grading/00_sandbox.ipynb #3a7c1102
-UNREAD = {f"__{name}__" for name in """len lt le gt ge ne bool iadd isub imul itruediv ifloordiv imod ipow getattr
-    getattribute setattr""".split()}  # methods of a class that Monty never calls
+UNREAD = {f"__{name}__" for name in "len bool ne setattr getattribute".split()}  # methods that Monty never calls
+MISSED = re.compile(r"def __(?:lt|le|gt|ge|i(?:add|sub|mul|truediv|floordiv|mod|pow)|getattr)__")  # and fails without
 MODULES_IN_MONTY = set("""asyncio bisect collections copy dataclasses datetime decimal functools itertools json math os
     pathlib random re sys time typing""".split())
 
 
 def beyond(tree: ast.AST, tried: bool = False) -> str | None:
     "Why Monty would give a program another value than Python, without a failure; `None` if it would not."
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for method in node.body:
                 if getattr(method, "name", "") in UNREAD:
                     return f"{method.name} is not called in Monty"
         elif isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__"):
-            if getattr(node.value, "id", "") not in ("self", "cls"):
+            if getattr(node.value, "id", "") not in {"self", "cls"} | classes:
                 return f"{node.attr} is not private in Monty"
         elif isinstance(node, ast.Call) and name_of(node.func) == "getattr" and len(node.args) > 1:
             if hasattr(5, name := str(getattr(node.args[1], "value", ""))) or hasattr(0.5, name):
@@ -236,7 +238,7 @@ def lacked(tried: ast.Try) -> str | None:
 
 # %% ../../nbs/grading/00_sandbox.ipynb #3a7c1103
 NEEDED = re.compile(r"\bround\b|is_integer|strptime|\bclass\b|\btry\b|getattr|\b(?:map|zip|filter|enumerate|reversed)\("
-                    r"|^[ \t]*(?!for\b)[^\n]*\bfor\b|\.__\w", re.MULTILINE)
+                    r"|^[ \t]*+(?!for\b)[^\n]*\bfor\b|\.__\w", re.MULTILINE)
 OWN = re.compile(r"\b(?:def|class) (\w+)|\b(\w+)\s*=(?!=)")
 
 
@@ -276,8 +278,9 @@ def run_cell(cell: str, session: MontySession, config: SandboxConfig) -> Program
         value, message = session.feed_run(cell, print_callback=printed), ""
     except MontyError as error:
         said, status = shorten(str(error), config.value_characters), failure_status(error)
-        if "timedelta" in cell and "'float' object cannot be interpreted" in said:  # Python's takes floats
-            status = "unsupported"
+        floats = "timedelta" in cell and "'float' object cannot be interpreted" in said  # Python's takes floats
+        missed = MISSED.search(cell) and re.search("not supported between|unsupported operand|has no attribute", said)
+        status = "unsupported" if status == "error" and (floats or missed) else status
         return ProgramResult(status, None, printed.output[-config.output_bytes:], said)
     except Exception as error:  # it ran, and only its value cannot be handed over
         message = shorten(f"the value cannot leave the sandbox: {error}", config.value_characters)

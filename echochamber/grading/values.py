@@ -77,7 +77,7 @@ MACROS = (
     (r"\\sqrt\s*([0-9]+|\([^()]*\))", r"\\sqrt{\1}"), (r"(?<![\\a-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\geq?(?:slant|q)?(?![A-Za-z])|>=", r"\\ge "), (r"\\leq?(?:slant|q)?(?![A-Za-z])|<=", r"\\le "),
     (r"\\neq?(?![A-Za-z])|\\not\s*=|(?<![0-9)])!=", r"\\ne "), (r"\+/-", r"\\pm "),
-    (r"\\(?:approx|simeq|doteq)(?![A-Za-z])", "="),
+    (r"^(.*\\(?:frac|sqrt|pi).*?)\\approx.*$", r"\1"), (r"\\(?:approx|simeq|doteq)(?![A-Za-z])", "="),
     (r"\\begin\{(aligned|align\*?|gathered|matrix|array)\}(?:\{[lcr|]+\})?([^&\\]*)\\end\{\1\}", r" \2 "),
     (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1 \2 "), (r"(?<![\\A-Za-z])pi\b", r"\\pi "),
     (r"(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree)\s*(?:[CF]\b)?|\\checkmark|\^\s*\{?\s*(?:st|nd|rd|th)\b\s*\}?", " "),
@@ -257,11 +257,11 @@ def read_atom(tokens: Tokens) -> Fraction:
 SCALES = {"tens": 10, "dozen": 12, "score": 20, "hundred": 100, "gross": 144, "thousand": 10**3, "lakh": 10**5,
           "million": 10**6, "crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "quadrillion": 10**15,
           "quintillion": 10**18, "K": 10**3, "k": 10**3, "M": 10**6}
-SCALES |= {f"{name}s": value for name, value in SCALES.items() if len(name) > 3}
+SCALES |= {f"{name}s": value for name, value in SCALES.items() if len(name) > 3 and name not in ("score", "gross")}
 SCALE = re.compile(r"(?:[ -]+([A-Za-z]{2,})|([kKM]|bn))\b")
 CHANGING = frozenset("""half halves third thirds quarter quarters fourths pi plus minus times over or and to mod modulo
     squared cubed factorial choose negative not no than least most between below under above by
-    root sqrt log ln sin cos tan gcd lcm max min base twice double doubled triple tripled thrice except excluding never
+    root sqrt log ln sin cos tan gcd lcm max min base twice doubled tripled thrice except excluding never
     neither none cannot exceed exceeds unless but oo inf infinity nan""".split())
 ORDINAL = re.compile(r"(?:ten-?|hundred-?)?(?:fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand"
                      r"|\w+llion)ths")
@@ -286,8 +286,8 @@ KEEPING = re.compile(r"(?<=[A-Za-z]) (?:squared|cubed)\b|^ ?(?:times$|min\b)|\ba
 
 def harmless(words: list[str]) -> bool:
     "Whether words leave the value of the number beside them alone."
-    return not any(word.lower() in CHANGING or word.lower() in SCALES or ORDINAL.fullmatch(word.lower())
-                   for word in words)
+    return not any(word.lower() in CHANGING or len(word) > 1 and word.lower() in SCALES
+                   or ORDINAL.fullmatch(word.lower()) for word in words)
 
 
 def is_unit(text: str, symbols: bool) -> bool:
@@ -324,9 +324,12 @@ def parse_number(text: str, symbols: bool = True) -> Fraction | None:
     except (NotANumber, RecursionError):
         return None
     rest = tokens.text[tokens.position:]
-    while (scale := SCALE.match(rest)) and (factor := SCALES.get(scale[2] or scale[1].lower())):
+    while (scale := SCALE.match(rest)) and (factor := SCALES.get(scale[2] if symbols else None) if scale[2]
+                                            else SCALES.get(scale[1].lower())):
         value, rest = value * factor, rest[scale.end():]
     words = re.findall("[A-Za-z][A-Za-z']*", lead)
+    if {"double", "triple"} & {word.lower() for word in words}:
+        return None
     readable = harmless(words) and all(len(word) > 1 and word.lower() not in NUMBERS
                                        for word in words if word not in ("a", "I"))
     if words and words[-1] == "of":  # the total of 18 is 18, the square of 18 is not
@@ -391,11 +394,11 @@ def clock(text: str) -> tuple[int, int, str] | None:
 
 def quantities(text: str) -> dict[str, float] | None:
     "Numbers by unit of `5 hours 30 minutes`; `None` if a text is not two or more of them."
-    found = QUANTITY.findall(text)
-    if len(found) < 2 or QUANTITY.sub("", text).strip():
+    found = [(number, unit.lower()) for number, unit in QUANTITY.findall(text)]
+    if len(found) < 2 or QUANTITY.sub("", text).strip() or any(len(u) < 2 and u not in UNITS for _, u in found):
         return None
-    named = ((unit.lower(), number) for number, unit in found)
-    return {UNITS.get(unit, UNITS.get(unit.rstrip("s"), unit.rstrip("s"))): float(number) for unit, number in named}
+    named = {UNITS.get(u, UNITS.get(u.rstrip("s"), u.rstrip("s"))): float(number) for number, u in found}
+    return named if len(named) == len(found) else None
 
 # %% ../../nbs/grading/02_values.ipynb #4c5e0106
 WORD = re.compile(r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
@@ -438,8 +441,10 @@ def same_answer(answer: str, gold: str, comparer: LatexComparer) -> bool:
         return True
     if (equal := same_words(answer, gold, raw)) is not None:
         return equal
-    if gold.count(r"\pm") == 1 and r"\pm" not in answer:
-        gold = ", ".join(gold.replace(r"\pm", sign) for sign in "+-")
+    if {gold.count(r"\pm"), answer.count(r"\pm")} == {0, 1}:
+        answer, gold = (", ".join(text.replace(r"\pm", sign) for sign in "+-") if r"\pm" in text else text
+                        for text in (answer, gold))
+    gold = re.sub(r"(?<=[0-9}]),? (?:and|or) (?=[-0-9\\])", ", ", gold)
     if "," in gold:  # a list may be spelt in words
         answer = re.sub(r",?\s*\b(?:and|or)\b|;", ",", answer)
         answer = answer if "=" in gold else re.sub(r"\b[a-z] ?= ?", "", answer)
