@@ -6,17 +6,17 @@
 __all__ = ['FORMATS', 'REPLACED', 'WORDS', 'RENDERERS', 'LEXEME', 'LONGEST_HEADER', 'FRAMES', 'HEADER', 'OPENING', 'CALL',
            'PRINT', 'NUMERIC', 'HARMLESS', 'FENCE', 'IS_PYTHON', 'PYTHON', 'OTHERS', 'PROSE', 'TAG', 'BRACE', 'BARE',
            'BEFORE', 'BEHIND', 'MARKUP', 'MATH', 'EXPRESSION', 'PART', 'TURN', 'LONGEST_PHRASE', 'EQUALS', 'HASHES',
-           'SENTENCE', 'TITLE', 'OPTION', 'HEADING', 'LEADS_IN', 'A_SENTENCE', 'IN_WORDS', 'MOST_STATEMENTS',
-           'LONGEST_PROGRAM', 'ASKED', 'NEXT_QUESTION', 'END_OF_TEXT', 'INLINE', 'COMMENT', 'OTHER_CODE', 'LIKE_CODE',
-           'INDENTED', 'StyleConfig', 'replace_operation', 'inject_errors', 'unique_identifiers', 'program_lines',
-           'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution', 'join_document', 'statement_ends',
-           'read_statement', 'does_something', 'used', 'bound_names', 'Code', 'states_a_number', 'begins_again',
-           'find_code', 'statements', 'needs_arguments', 'called', 'shows', 'shown_name', 'own_answer',
-           'without_own_call', 'final_call', 'long_strings', 'inside', 'language', 'fenced', 'fences', 'code_blocks',
-           'last_box', 'cut_at_turn', 'read_phrase', 'words_of', 'after_hashes', 'told', 'in_a_sentence', 'touched',
-           'stated_answer', 'Parsed', 'is_statement', 'is_loose_code', 'without_code', 'without_comments', 'beside',
-           'indented_block', 'parse_program', 'defines_function', 'parse_text', 'plain_text', 'in_a_block',
-           'parse_completion', 'recognise']
+           'SENTENCE', 'TITLE', 'OPTION', 'HEADING', 'LEADS_IN', 'MODIFIED', 'A_SENTENCE', 'IN_WORDS',
+           'MOST_STATEMENTS', 'LONGEST_PROGRAM', 'ASKED', 'NEXT_QUESTION', 'END_OF_TEXT', 'INLINE', 'COMMENT',
+           'OTHER_CODE', 'LIKE_CODE', 'INDENTED', 'StyleConfig', 'replace_operation', 'inject_errors',
+           'unique_identifiers', 'program_lines', 'render_tinygsm', 'render_omi1', 'render_omi2', 'render_solution',
+           'join_document', 'statement_ends', 'read_statement', 'does_something', 'used', 'bound_names', 'Code',
+           'states_a_number', 'begins_again', 'find_code', 'statements', 'needs_arguments', 'called', 'shows',
+           'shown_name', 'own_answer', 'without_own_call', 'final_call', 'long_strings', 'inside', 'language', 'fenced',
+           'fences', 'code_blocks', 'last_box', 'cut_at_turn', 'read_phrase', 'words_of', 'after_hashes', 'told',
+           'in_a_sentence', 'touched', 'stated_answer', 'Parsed', 'is_statement', 'is_loose_code', 'without_code',
+           'without_comments', 'beside', 'indented_block', 'parse_program', 'defines_function', 'parse_text',
+           'plain_text', 'in_a_block', 'parse_completion', 'recognise']
 
 # %% ../../nbs/data/01_formats.ipynb #dad0ebd7
 import ast
@@ -552,6 +552,10 @@ OPTION = re.compile(r"^(?:[Oo]ption )?\(?[A-E][).:,]\s+(?=[-$0-9\\])")
 HEADING = re.compile(r"\s*(?:step|part|case|method|example|question|problem|solution|section)\b", re.IGNORECASE)
 LEADS_IN = re.compile(r"\s*(?:she|he|it|they|we|there|shown|known|obtained|found|given|calculated|computed"
                       r"|determined|derived|as|in|that|to)\b")
+MODIFIED = re.compile(r"\s*(?:more|less|fewer|greater|smaller|at least|at most|no|not|half|twice|double|triple|between"
+                      r"|either|over|under|above|below|log|ln|sin|cos"
+                      r"|the (?:square|sum|difference|product|quotient)|a number"
+                      r"|\w+(?:teen|ty)?,? (?:not|because|i\.e\.|minus|plus)\b|[<>≤≥≠=!+]|[a-z] ?[<>≤≥≠!])")
 A_SENTENCE = re.compile(r"[A-Z][a-z]+ \w+ \w+ \w+ ")  # it says more than the answer
 IN_WORDS = re.compile(r"\s*(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|twenty|unknown|unclear"
                       r"|undefined|none|[A-E](?=\s*$))\b")
@@ -568,7 +572,9 @@ def words_of(rest: str) -> str | None:
     phrase = cut_at_turn(rest)
     if re.search(r":\s+[-$]?[0-9]", phrase):  # … the sum of 3 and 15: 18
         return read_phrase(phrase.rpartition(":")[2])
-    stated = re.search("[0-9]", phrase) and not (HEADING.match(rest) or LEADS_IN.match(rest))
+    if told := re.search(r"\b(?:which|that) (?:is|equals|makes) (?=[-$]?[0-9])", rest):
+        return read_phrase(rest[told.end():])
+    stated = re.search("[0-9]", phrase) and MODIFIED.match(phrase)
     return phrase.strip() if stated or IN_WORDS.match(phrase) else None
 
 # %% ../../nbs/data/01_formats.ipynb #3b1f0a50

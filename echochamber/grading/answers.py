@@ -21,7 +21,8 @@ from ..core import StrictConfig
 from ..data.formats import FORMATS, Parsed, last_box, parse_completion, read_phrase, stated_answer
 from .latex import LatexComparer
 from .sandbox import ProgramResult, Sandbox, SandboxConfig
-from .values import NUMERAL, harmless, normalise, parse_number, same_answer, same_number
+from .values import LONGEST_ANSWER, NUMERAL, harmless, normalise, parse_number, same_answer
+from .values import same_number
 
 # %% ../../nbs/grading/03_answers.ipynb #d28d94f2
 NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)])[-+−–‐‑﹣])?\$?{NUMERAL}(?:/[0-9]++(?![/.]?[0-9]))?")
@@ -68,7 +69,7 @@ COMPLEX = re.compile(r"\(?([-+]?[0-9.]*[-+]?[0-9.]+)j\)?")
 def read_shown(text: str) -> str:
     "The answer in what a program shows: floats rounded, a list without its brackets, numbers in a row as a list."
     text = FLOAT_INSIDE.sub(lambda number: canonical_number(number[0]), text)
-    if number := COMPLEX.fullmatch(text):
+    if "j" in text[-2:] and len(text) < 100 and (number := COMPLEX.fullmatch(text)):
         return f"{number[1]}i"
     if single := re.fullmatch(r"\[([^\[\],]+)\]|\(([^(),]+),\)", text):
         return single[1] or single[2]
@@ -102,15 +103,18 @@ def number_in(line: str) -> str | None:
 def printed_answer(output: str) -> str | None:
     "The answer in what a program printed: its last line, or what this line says of the answer."
     lines = [line.strip() for line in output.splitlines() if re.search(r"\w", line)]
-    if not lines:
-        return None
+    if not lines or len(lines[-1]) > LONGEST_ANSWER:
+        return lines[-1] if lines else None
     shown = read_shown(normalise(re.sub(r"(?<=[A-Za-z] )([-$]*[0-9.,]+)!$", r"\1", lines[-1])))  # an exclamation
     if parse_number(shown) is not None or "," in shown and not re.search("[A-Za-z]{2}|[.!?] ", shown):
         return shown
     if stated := stated_answer(shown):
         return normalise(stated[1])
     told = next((told[1] for pattern in TOLD if (told := pattern.fullmatch(shown))), None)
-    return normalise(read_phrase(told) or told) if told else number_in(shown) or shown
+    told = normalise(read_phrase(told) or told) if told else ""
+    if told and (parse_number(told) is not None or re.search(r"[\[\](){},:;]", told)):
+        return told
+    return number_in(shown) or told or shown
 
 # %% ../../nbs/grading/03_answers.ipynb #6f7b0101
 def program_answer(result: ProgramResult, called: bool) -> str | None:
